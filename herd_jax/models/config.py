@@ -1,0 +1,91 @@
+"""The dimensions of a Llama, those of the paper and small ones, and which of them a mesh can split."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from herd_jax.errors import UserError
+from herd_jax.mesh import fsdp_size
+from herd_jax.models.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Table 3 of the paper and the released configurations."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int = 128_256
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02  # ours: the paper does not say
+
+    def __post_init__(self):
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"model.num_heads {self.num_heads} does not divide by model.num_kv_heads {self.num_kv_heads}: change one of them")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim {self.head_dim} is odd: RoPE rotates pairs, so it must be even")
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises UserError where the mesh cannot split the model."""
+        tp, fsdp = mesh.shape["tp"], fsdp_size(mesh)
+        for name in ("num_kv_heads", "ffn_dim"):
+            if getattr(self, name) % tp:
+                raise UserError(f"model.{name} {getattr(self, name)} does not divide by mesh.tp {tp}: choose a tp that divides it")
+        if self.dim % fsdp:
+            raise UserError(
+                f"model.dim {self.dim} does not divide by mesh.dp x mesh.cp = {fsdp}, over which FSDP shards the weights: "
+                "choose sizes whose product divides it"
+            )
+
+
+SCALING_3_1, SCALING_3_2 = RopeScaling(factor=8.0), RopeScaling(factor=32.0)
+
+MODELS = {
+    "llama3-8b": LlamaConfig(4096, 32, 32, 8, 128, 14336, rope_scaling=SCALING_3_1),
+    "llama3-70b": LlamaConfig(8192, 80, 64, 8, 128, 28672, rope_scaling=SCALING_3_1),
+    "llama3-405b": LlamaConfig(16384, 126, 128, 8, 128, 53248, rope_scaling=SCALING_3_1),
+    "llama3.2-1b": LlamaConfig(2048, 16, 32, 8, 64, 8192, rope_scaling=SCALING_3_2, tie_embeddings=True),
+    "llama3.2-3b": LlamaConfig(3072, 28, 24, 8, 128, 8192, rope_scaling=SCALING_3_2, tie_embeddings=True),
+    "llama-110m": LlamaConfig(768, 12, 12, 4, 64, 2048, vocab_size=32_000, tie_embeddings=True),
+    "llama-20m": LlamaConfig(512, 6, 8, 4, 64, 1408, vocab_size=4096),
+    "llama-5m": LlamaConfig(256, 6, 8, 4, 32, 704, vocab_size=4096, tie_embeddings=True),
+    "llama-tiny": LlamaConfig(64, 4, 4, 2, 16, 128, vocab_size=512),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model by name, with any of its dimensions overridden."""
+
+    name: str = "llama-5m"
+    dim: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    vocab_size: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float | None = None
+    tie_embeddings: bool | None = None
+    init_std: float | None = None
+
+    def resolve(self) -> LlamaConfig:
+        """Raises UserError for an unknown name or impossible dimensions."""
+        if self.name not in MODELS:
+            raise UserError(f"model.name '{self.name}' is not known: choose one of {', '.join(MODELS)}, and override its dimensions if need be")
+        overrides = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}
+        if self.rope_scaling is not None:
+            overrides["rope_scaling"] = self.rope_scaling
+        return dataclasses.replace(MODELS[self.name], **overrides)

@@ -1,0 +1,158 @@
+"""The one declaration of a parameter, from which everything else about it follows: its initial value, how it is sharded, how it lies in a
+checkpoint, whether weight decay applies, how much memory it takes.
+
+Declared shapes are those of the model (one layer, the true vocabulary); a `Layout` says how they are stored on a mesh: layers stacked
+by pipeline stage, the vocabulary padded to a multiple of tp.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from herd_jax.mesh import FSDP_AXES, fsdp_size
+from herd_jax.parallel.schedule import split_layers
+
+PyTree = Any
+MESH_AXES = {"embed": FSDP_AXES, "kv_heads": "tp", "ffn": "tp", "vocab": "tp", "layers": "pp", None: None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """A parameter of the model: FP32, `shape` and logical `axes` without the layers dim, `init(key, shape)` its first value."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+    num_layers: int = 0  # of which the parameter is stacked; 0: it is not one of the layers'
+
+    @property
+    def decays(self) -> bool:
+        """Weight decay is for matrices only, not for norms."""
+        return len(self.shape) > 1
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """As a checkpoint has it: layers in model order, nothing padded."""
+        return (self.num_layers, *self.shape) if self.num_layers else self.shape
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.canonical_shape)
+
+
+def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> nnx.Param:
+    """A parameter of a Flax module: abstract, with its declaration as metadata."""
+    assert len(shape) == len(axes)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=Declaration(shape, axes, init))
+
+
+def normal(std: float):
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def ones(key, shape):
+    return jnp.ones(shape, jnp.float32)
+
+
+def declarations(module: nnx.Module, num_layers: int = 0) -> tuple[nnx.GraphDef, dict[str, Declaration]]:
+    """Graph definition and declarations of an abstract module, as a flat dict by parameter name."""
+    graph, state = nnx.split(module)
+    found = {name: variable.get_metadata()["declaration"] for name, variable in state.items()}
+    return graph, {name: dataclasses.replace(declaration, num_layers=num_layers) for name, declaration in found.items()}
+
+
+def bind(graph: nnx.GraphDef, weights: dict[str, jax.Array]) -> nnx.Module:
+    """The module with `weights`, or one device's share of them, in place of its parameters."""
+    return nnx.merge(graph, nnx.State({name: nnx.Param(value) for name, value in weights.items()}))
+
+
+def is_declaration(node) -> bool:
+    return isinstance(node, Declaration)
+
+
+def map_declarations(f, declared: PyTree, *trees: PyTree) -> PyTree:
+    return jax.tree.map(f, declared, *trees, is_leaf=is_declaration)
+
+
+def count(declared: PyTree) -> int:
+    """Number of parameters."""
+    return sum(declaration.size for declaration in jax.tree.leaves(declared, is_leaf=is_declaration))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where parameters lie on a mesh with a pipeline of `layers_per_stage`."""
+
+    mesh: Mesh
+    num_chunks: int
+    stages: tuple[range, ...]  # layers of each stage, in stage order
+
+    @classmethod
+    def make(cls, mesh: Mesh, num_layers: int, num_chunks: int = 1) -> "Layout":
+        return cls(mesh, num_chunks, tuple(split_layers(num_layers, mesh.shape["pp"] * num_chunks)))
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        return tuple(len(layers) for layers in self.stages)
+
+    @property
+    def layer_of_slot(self) -> np.ndarray:
+        """The model's layer in each slot of the stacked dim, rank by rank and there chunk by chunk; -1 in an empty slot."""
+        slots, num_ranks = max(1, *self.layers_per_stage), self.mesh.shape["pp"]
+        order = [chunk * num_ranks + rank for rank in range(num_ranks) for chunk in range(self.num_chunks)]
+        return np.concatenate([np.pad(self.stages[s], (0, slots - len(self.stages[s])), constant_values=-1) for s in order]).astype(np.int32)
+
+    @property
+    def is_model_order(self) -> bool:
+        """Whether slots hold the model's layers in order and none is empty."""
+        return bool((self.layer_of_slot == np.arange(len(self.layer_of_slot))).all())
+
+    def spec(self, declaration: Declaration) -> PartitionSpec:
+        axes = (("layers",) if declaration.num_layers else ()) + declaration.axes
+        return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
+
+    def sharding(self, declaration: Declaration) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(declaration))
+
+    def stored_shape(self, declaration: Declaration) -> tuple[int, ...]:
+        tp = self.mesh.shape["tp"]
+        shape = tuple(-(-n // tp) * tp if axis == "vocab" else n for n, axis in zip(declaration.shape, declaration.axes))
+        return (len(self.layer_of_slot), *shape) if declaration.num_layers else shape
+
+    def init(self, declaration: Declaration, key: jax.Array) -> jax.Array:
+        """First value as stored; the same parameters on every mesh. Empty slots and padding are zero."""
+        shape = declaration.shape
+        if declaration.num_layers:
+            layers = jnp.asarray(self.layer_of_slot)
+            values = jax.vmap(lambda layer: declaration.init(jax.random.fold_in(key, layer), shape))(layers)
+            values = jnp.where(layers.reshape(-1, *[1] * len(shape)) >= 0, values, 0)
+        else:
+            values = declaration.init(key, shape)
+        return jnp.pad(values, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), values.shape)])
+
+    def to_canonical(self, declaration: Declaration, stored: jax.Array) -> jax.Array:
+        """As stored -> as in a checkpoint."""
+        if declaration.num_layers:
+            slot_of_layer = np.argsort(self.layer_of_slot, kind="stable")[-declaration.num_layers :]
+            stored = stored if self.is_model_order else stored[slot_of_layer]
+        return stored[tuple(slice(n) for n in declaration.canonical_shape)]
+
+    def from_canonical(self, declaration: Declaration, canonical: jax.Array) -> jax.Array:
+        """As in a checkpoint -> as stored."""
+        if declaration.num_layers and not self.is_model_order:
+            layers = self.layer_of_slot
+            canonical = jnp.where(layers.reshape(-1, *[1] * len(declaration.shape)) >= 0, canonical[np.maximum(layers, 0)], 0)
+        return jnp.pad(canonical, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), canonical.shape)])
+
+    def canonical_sharding(self, declaration: Declaration) -> NamedSharding:
+        """A checkpoint's array is sharded as the stored one, except in dims that then no longer divide."""
+        sizes = {None: 1, "pp": self.mesh.shape["pp"], "tp": self.mesh.shape["tp"], FSDP_AXES: fsdp_size(self.mesh)}
+        spec = [axes if n % sizes[axes] == 0 else None for axes, n in zip(self.spec(declaration), declaration.canonical_shape)]
+        return NamedSharding(self.mesh, PartitionSpec(*spec))

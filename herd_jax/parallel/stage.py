@@ -1,0 +1,113 @@
+"""The layers of one pipeline stage, forward and backward, with the vjp of a layer taken apart into arrays that can wait in slots.
+
+`jax.vjp` returns a pytree whose leaves are the residuals. Those that *are* a weight or a part of the micro-batch are at hand when the
+backward runs, so only the others are stored. Because the vjp is of one layer, the loops over layers are ours: their trip count may
+differ between ranks (a slot without a layer costs no time), weights can be gathered layer by layer, and each layer's gradient is
+finished as soon as it is known.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+LayerFunction = Callable[[PyTree, jax.Array, PyTree], jax.Array]  # (weights, x_BTD, micro-batch) -> x_BTD
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerVjp:
+    """How to take the vjp of one layer apart and put it together again, found by tracing the layer once."""
+
+    layer: LayerFunction
+    tree: Any  # of the vjp, as a pytree
+    sources: tuple[tuple[str, int], ...]  # per leaf: ("known", index) or ("stored", index)
+    stored: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def trace(cls, layer: LayerFunction, weights: PyTree, x_BTD: jax.Array, micro_batch: PyTree) -> "LayerVjp":
+        """Traces `layer` on arrays, or shapes, of one layer."""
+        found = {}
+
+        def probe(weights, x_BTD, micro_batch):
+            _, vjp = jax.vjp(lambda w, x: layer(w, x, micro_batch), weights, x_BTD)
+            leaves, found["tree"] = jax.tree.flatten(vjp)
+            known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, micro_batch)))}
+            kept, sources = {}, []
+            for leaf in leaves:
+                if id(leaf) in known:
+                    sources.append(("known", known[id(leaf)]))
+                else:  # one array may be the residual of several operations: store it once
+                    kept.setdefault(id(leaf), (len(kept), leaf))
+                    sources.append(("stored", kept[id(leaf)][0]))
+            found["sources"] = tuple(sources)
+            return tuple(leaf for _, leaf in kept.values())
+
+        stored = jax.eval_shape(probe, weights, x_BTD, micro_batch)
+        return cls(layer, found["tree"], found["sources"], stored)
+
+    def forward(self, weights: PyTree, x_BTD: jax.Array, micro_batch: PyTree) -> tuple[jax.Array, list[jax.Array]]:
+        """The layer's output and the residuals to store."""
+        y_BTD, vjp = jax.vjp(lambda w, x: self.layer(w, x, micro_batch), weights, x_BTD)
+        residuals = [None] * len(self.stored)
+        for leaf, (kind, index) in zip(jax.tree.leaves(vjp), self.sources, strict=True):
+            if kind == "stored":
+                residuals[index] = leaf
+        return y_BTD, residuals
+
+    def backward(self, weights: PyTree, residuals: list[jax.Array], micro_batch: PyTree, dy_BTD: jax.Array):
+        """(gradient of the weights, cotangent of the layer's input)."""
+        known = jax.tree.leaves((weights, micro_batch))
+        leaves = [(known if kind == "known" else residuals)[index] for kind, index in self.sources]
+        return jax.tree.unflatten(self.tree, leaves)(dy_BTD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The stacked layers of a rank, and how to come by the weights of one and be rid of its gradient."""
+
+    vjp: LayerVjp
+    weights: PyTree  # leaves [layer slots of the rank, ...]
+    fetch: Callable[[PyTree], PyTree]  # one layer's leaves -> the weights to compute with
+    finish: Callable[[PyTree], PyTree]  # one layer's gradient -> what is accumulated, shaped as `weights`
+
+    def weights_of(self, index) -> PyTree:
+        return self.fetch(jax.tree.map(lambda w: w[index], self.weights))
+
+    def empty_store(self, num_slots: int, num_layers: int) -> list[jax.Array]:
+        """Slots for the residuals of `num_slots` micro-batches: leaves [num_slots, num_layers, ...]."""
+        return [jnp.zeros((num_slots, num_layers, *leaf.shape), leaf.dtype) for leaf in self.vjp.stored]
+
+    def apply(self, x_BTD, micro_batch, first, count) -> jax.Array:
+        """Layers first .. first + count - 1, no residuals kept."""
+        return loop(count, lambda i, x: self.vjp.layer(self.weights_of(first + i), x, micro_batch), x_BTD)
+
+    def forward(self, store, slot, x_BTD, micro_batch, first, count) -> tuple[jax.Array, list[jax.Array]]:
+        """As `apply`, with the residuals written to `slot` of `store`."""
+
+        def body(i, carry):
+            x_BTD, store = carry
+            x_BTD, residuals = self.vjp.forward(self.weights_of(first + i), x_BTD, micro_batch)
+            return x_BTD, [slots.at[slot, i].set(residual) for slots, residual in zip(store, residuals, strict=True)]
+
+        return loop(count, body, (x_BTD, store))
+
+    def backward(self, store, slot, dy_BTD, micro_batch, first, count, gradients) -> tuple[jax.Array, PyTree]:
+        """Cotangent of the first layer's input, and `gradients` (FP32, shaped as `weights`) with these layers' added."""
+
+        def body(i, carry):
+            dy_BTD, gradients = carry
+            i = count - 1 - i
+            dw, dx_BTD = self.vjp.backward(self.weights_of(first + i), [slots[slot, i] for slots in store], micro_batch, dy_BTD)
+            add = lambda total, dw: total.at[first + i].add(dw.astype(total.dtype))
+            return dx_BTD, jax.tree.map(add, gradients, self.finish(dw))
+
+        return loop(count, body, (dy_BTD, gradients))
+
+
+def loop(count, body, carry):
+    """`lax.fori_loop` from 0; a traced `count` may differ between pipeline ranks."""
+    return lax.fori_loop(0, count, body, carry)

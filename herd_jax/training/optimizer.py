@@ -1,0 +1,80 @@
+"""AdamW with decay on matrices only, warmup and cosine to a floor, clipping by the global norm over all mesh axes (facts: section E)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from herd_jax.errors import UserError
+from herd_jax.mesh import AXES
+from herd_jax.models.params import map_declarations
+from herd_jax.parallel import collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Rates are per step; `warmup_steps` are counted in `decay_steps`, at whose end the rate has reached its floor."""
+
+    peak_learning_rate: float = 3e-4
+    final_learning_rate: float = 3e-6
+    warmup_steps: int = 100
+    decay_steps: int = 1000
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be at least 0 and less than 1")
+        for name in ("peak_learning_rate", "final_learning_rate", "weight_decay", "eps"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be 0 or more")
+        if not self.clip_norm > 0:
+            raise UserError(f"optimizer.clip_norm is {self.clip_norm}: it must be positive (inf: no clipping)")
+        if not 0 <= self.warmup_steps <= self.decay_steps:
+            raise UserError(f"optimizer.warmup_steps {self.warmup_steps} must lie between 0 and optimizer.decay_steps {self.decay_steps}")
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, constant from there."""
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        warm = config.peak_learning_rate * step / max(config.warmup_steps, 1)
+        progress = (step - config.warmup_steps) / max(config.decay_steps - config.warmup_steps, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        decayed = config.final_learning_rate + (config.peak_learning_rate - config.final_learning_rate) * cosine
+        return jnp.where(step < config.warmup_steps, warm, decayed)
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, declared) -> optax.GradientTransformation:
+    """Optax's AdamW; the first step (count 0) already has a rate above 0. Gradients are clipped before, by `clip`."""
+    decays = map_declarations(lambda declaration: declaration.decays, declared)
+    rate = learning_rate(config)
+    return optax.adamw(lambda count: rate(count + 1), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
+
+
+def global_norm(gradients, specs, mesh: Mesh) -> jax.Array:
+    """L2 norm of the gradient of the whole model from one device's shards: each value counted once, in FP32."""
+
+    def sum_of_squares(gradient, spec):
+        sharded = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
+        copies = math.prod(mesh.shape[axis] for axis in AXES if axis not in sharded)
+        return jnp.sum(jnp.square(gradient)) / copies
+
+    total = sum(jax.tree.leaves(jax.tree.map(sum_of_squares, gradients, specs)))
+    return jnp.sqrt(collectives.all_reduce(total, AXES))
+
+
+def clip(gradients, norm: jax.Array, clip_norm: float):
+    """Scales gradients so that their global norm is at most `clip_norm`."""
+    scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+    return jax.tree.map(lambda g: g * scale, gradients)

@@ -1,0 +1,117 @@
+"""The jitted steps: train and evaluate. Each is one `shard_map` over the whole mesh with every axis manual, so the code says what one
+device does and names every communication.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from herd_jax.errors import UserError
+from herd_jax.mesh import AXES
+from herd_jax.models.llama import Llama
+from herd_jax.models.params import Layout, map_declarations
+from herd_jax.parallel import collectives, data, pipeline
+from herd_jax.parallel.schedule import forward_only, one_forward_one_backward
+from herd_jax.training import objectives
+from herd_jax.training.optimizer import OptimizerConfig, clip, global_norm, learning_rate
+from herd_jax.training.state import State, StatePlan
+
+BATCH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [num_micro_batches, B of all dp ranks, S], in zigzag order
+GATHER = ("step", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of one model on one mesh. `gather`: parameters gathered once a `step` (the paper's choice) or per `layer`."""
+
+    model: Llama
+    layout: Layout
+    plan: StatePlan
+    optimizer: OptimizerConfig
+    compute_dtype: jnp.dtype
+    gather: str = "step"
+
+    def __post_init__(self):
+        if self.gather not in GATHER:
+            raise UserError(f"train.gather is '{self.gather}': it must be one of {', '.join(GATHER)}")
+
+    @functools.cached_property
+    def train(self):
+        """(state, batch) -> (state, metrics), the state donated. A step whose loss or gradient is not finite changes nothing but the count."""
+        return self._jit(self._train, (self.plan.specs, self._batch_specs), (self.plan.specs, PartitionSpec()), donate_argnums=0)
+
+    @functools.cached_property
+    def evaluate(self):
+        """(params, batch) -> {"loss": sum of token losses in nats, "num_targets": their number}."""
+        return self._jit(self._evaluate, (self.plan.specs.params, self._batch_specs), PartitionSpec())
+
+    @functools.cached_property
+    def gradient(self):
+        """(params, batch) -> (mean loss, gradient sharded as the parameters): for tests."""
+        return self._jit(self._gradient, (self.plan.specs.params, self._batch_specs), (PartitionSpec(), self.plan.specs.params))
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.layout.mesh, BATCH_SPEC)
+
+    @property
+    def _batch_specs(self):
+        return {field: BATCH_SPEC for field in BATCH_FIELDS}
+
+    def _jit(self, function, in_specs, out_specs, **options):
+        mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, **options)
+
+    def _train(self, state: State, batch: dict) -> tuple[State, dict]:
+        loss, gradients = self._gradient(state.params, batch)
+        norm = global_norm(gradients, self.plan.specs.params, self.layout.mesh)
+        updates, optimizer = self.plan.optimizer.update(clip(gradients, norm, self.optimizer.clip_norm), state.optimizer, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        params = jax.tree.map(lambda p, u: jnp.where(finite, p + u, p), state.params, updates)
+        rate = learning_rate(self.optimizer)(state.step + 1)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "finite": finite}
+        return State(state.step + 1, params, keep(optimizer, state.optimizer)), metrics
+
+    def _gradient(self, params, batch: dict):
+        num_targets = collectives.all_reduce(jnp.sum(batch["loss_mask"], dtype=jnp.float32), ("dp", "cp"))
+        objective = objectives.next_token(self.model.config.vocab_size, 1 / jnp.maximum(num_targets, 1))
+        program = self.model.program(self.layout.layers_per_stage, objective)
+        schedule = one_forward_one_backward(self.layout.mesh.shape["pp"], len(batch["tokens"]))
+        weights, exchange = self._weights(params)
+        sums, d_ends, d_layers = pipeline.value_and_gradient(
+            program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange
+        )
+        gradients = {"ends": d_ends, "layers": d_layers}
+        if self.gather == "step":
+            gradients = data.reduce_gradients(gradients, self.plan.specs.params)
+        gradients["ends"] = collectives.all_reduce(gradients["ends"], "pp")
+        return collectives.all_reduce(sums["loss"], ("dp", "cp")) / jnp.maximum(num_targets, 1), gradients
+
+    def _evaluate(self, params, batch: dict):
+        program = self.model.program(self.layout.layers_per_stage, objectives.next_token(self.model.config.vocab_size, 1.0))
+        schedule = forward_only(self.layout.mesh.shape["pp"], len(batch["tokens"]))
+        weights, exchange = self._weights(params)
+        sums = pipeline.evaluate(program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange)
+        num_targets = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
+        return collectives.all_reduce({"loss": sums["loss"], "num_targets": num_targets}, ("dp", "cp"))
+
+    def _weights(self, params):
+        """The weights as the pipeline is given them, and what it does with them."""
+        specs = self.plan.specs.params
+        if self.gather == "step":
+            return data.gather_weights(params, specs, self.compute_dtype), pipeline.Exchange()
+        layer_specs = {name: PartitionSpec(*spec[1:]) for name, spec in specs["layers"].items()}
+        fetch = lambda specs, tree: data.gather_weights(tree, specs, self.compute_dtype)
+        ends_specs = lambda ends: {key: specs["ends"][key] for key in ends}
+        return params, pipeline.Exchange(
+            fetch_ends=lambda ends: fetch(ends_specs(ends), ends),
+            finish_ends=lambda gradient: data.reduce_gradients(gradient, ends_specs(gradient)),
+            fetch_layer=lambda weights: fetch(layer_specs, weights),
+            finish_layer=lambda gradient: data.reduce_gradients(gradient, layer_specs),
+        )
