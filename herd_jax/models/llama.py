@@ -82,12 +82,11 @@ class Layer(nnx.Module):
 
     def attend(self, x_BTD: jax.Array, batch: MicroBatch) -> jax.Array:
         qkv = recompute(self.norm_and_project)(x_BTD, self.attention_norm[...], self.qkv[...])  # [B, T, K, G + 2, H]
-        qk, v_BTKH = rotate(qkv[..., :-1, :], batch.cos_BTh, batch.sin_BTh), qkv[..., -1, :]
+        qk, v_BTKH = recompute(rotate)(qkv[..., :-1, :], batch.cos_BTh, batch.sin_BTh), qkv[..., -1, :]
         q_BTNH, k_BTKH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1]), qk[..., -1, :]
         k_BSKH, v_BSKH = context.gather_keys(k_BTKH, 1), context.gather_keys(v_BTKH, 1)
         o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, batch.start_BT, batch.end_BT, self.attention_implementation)
-        o_BTE = o_BTNH.reshape(*o_BTNH.shape[:2], -1)
-        return x_BTD + tensor.scatter_sequence(o_BTE @ self.out[...].reshape(o_BTE.shape[-1], -1))
+        return x_BTD + tensor.scatter_sequence(recompute(self.project_out)(o_BTNH, self.out[...]))
 
     def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
         gate_up = recompute(self.norm_and_project)(x_BTD, self.ffn_norm[...], self.gate_up[...])  # [B, T, 2, F]
@@ -95,6 +94,11 @@ class Layer(nnx.Module):
 
     def norm_and_project(self, x_BTD, norm_D, weight):
         return project(tensor.gather_sequence(rms_norm(x_BTD, norm_D, self.config.norm_eps)), weight)
+
+    @staticmethod
+    def project_out(o_BTNH, out_KGHD):
+        o_BTE = o_BTNH.reshape(*o_BTNH.shape[:2], -1)
+        return o_BTE @ out_KGHD.reshape(o_BTE.shape[-1], -1)
 
     @staticmethod
     def swiglu(gate_up_BT2F, down_FD):

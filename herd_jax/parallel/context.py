@@ -68,10 +68,12 @@ def visible_range(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The keys that each query sees, in row order: int32 `start` and `end` shaped as `segment_ids` [..., T].
 
     A query sees its own segment up to itself: start is the first index of the segment in the row, end its own index + 1.
-    Segment ids must not fall along a row; they are gathered over cp once here, not per layer.
+    A segment is a run of equal ids; they are gathered over cp once here, not per layer.
     """
-    row = gather_row(segment_ids, dim=segment_ids.ndim - 1)
-    flat_rows, flat_queries = row.reshape(-1, row.shape[-1]), segment_ids.reshape(-1, segment_ids.shape[-1])
-    start = jax.vmap(jnp.searchsorted)(flat_rows, flat_queries).astype(jnp.int32).reshape(segment_ids.shape)
-    end = jnp.broadcast_to(row_index(segment_ids.shape[-1]) + 1, segment_ids.shape)
-    return start, end
+    dim = segment_ids.ndim - 1
+    row = gather_row(segment_ids, dim)
+    index = lax.broadcasted_iota(jnp.int32, row.shape, dim)
+    begins = jnp.concatenate([jnp.zeros_like(row[..., :1], bool), row[..., 1:] != row[..., :-1]], axis=dim)
+    start_of = lax.cummax(jnp.where(begins, index, 0), axis=dim)
+    mine = row_index(segment_ids.shape[-1])
+    return start_of[..., mine], jnp.broadcast_to(mine + 1, segment_ids.shape)

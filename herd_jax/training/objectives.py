@@ -21,8 +21,8 @@ def next_token(vocab_size: int, weight: jax.Array | float):
     return objective
 
 
-def logits_at(index: jax.Array, vocab_size: int):
-    """Inference: FP32 logits of the token at `index` of the row, [B, V / tp] on each tp rank, padding at -inf. On cp 1 only."""
+def logits_at(index: jax.Array):
+    """Inference: FP32 logits of the token after `index` of the row, [B, V / tp] on each tp rank. On cp 1 only."""
 
     def objective(hidden_BTD: jax.Array, output_DV: jax.Array, batch: MicroBatch):
         hidden_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, index, axis=1, keepdims=False)

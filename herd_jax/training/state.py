@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from herd_jax.models.params import Layout, is_declaration, map_declarations
+from herd_jax.models.params import Declaration, Layout, is_declaration, map_declarations
 
 PyTree = Any
 
@@ -81,8 +81,7 @@ class StatePlan:
         def convert(declaration, value):
             if declaration is None or value.shape == declaration.canonical_shape and self.layout.is_model_order:
                 return value
-            convert = functools.partial(self.layout.to_canonical, declaration)
-            return jax.jit(convert, out_shardings=self.layout.canonical_sharding(declaration))(value)
+            return _to_canonical(self.layout, declaration)(value)
 
         return self._map(convert, state)
 
@@ -90,9 +89,18 @@ class StatePlan:
         """The inverse of `to_canonical`, onto this mesh."""
 
         def convert(declaration, value):
-            if declaration is None:
-                return value
-            convert = functools.partial(self.layout.from_canonical, declaration)
-            return jax.jit(convert, out_shardings=self.layout.sharding(declaration))(value)
+            return value if declaration is None else _from_canonical(self.layout, declaration)(value)
 
         return self._map(convert, state)
+
+
+@functools.cache  # compiled once, not at every save
+def _to_canonical(layout: Layout, declaration: Declaration):
+    convert = functools.partial(layout.to_canonical, declaration)
+    return jax.jit(convert, out_shardings=layout.canonical_sharding(declaration))
+
+
+@functools.cache
+def _from_canonical(layout: Layout, declaration: Declaration):
+    convert = functools.partial(layout.from_canonical, declaration)
+    return jax.jit(convert, out_shardings=layout.sharding(declaration))

@@ -83,7 +83,7 @@ class Steps:
         objective = objectives.next_token(self.model.config.vocab_size, 1 / jnp.maximum(num_targets, 1))
         program = self.model.program(self.layout.layers_per_stage, objective)
         schedule = one_forward_one_backward(self.layout.mesh.shape["pp"], len(batch["tokens"]))
-        weights, exchange = self._weights(params)
+        weights, exchange = self.weights(params)
         sums, d_ends, d_layers = pipeline.value_and_gradient(
             program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange
         )
@@ -96,12 +96,12 @@ class Steps:
     def _evaluate(self, params, batch: dict):
         program = self.model.program(self.layout.layers_per_stage, objectives.next_token(self.model.config.vocab_size, 1.0))
         schedule = forward_only(self.layout.mesh.shape["pp"], len(batch["tokens"]))
-        weights, exchange = self._weights(params)
+        weights, exchange = self.weights(params)
         sums = pipeline.evaluate(program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange)
         num_targets = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
         return collectives.all_reduce({"loss": sums["loss"], "num_targets": num_targets}, ("dp", "cp"))
 
-    def _weights(self, params):
+    def weights(self, params):
         """The weights as the pipeline is given them, and what it does with them."""
         specs = self.plan.specs.params
         if self.gather == "step":

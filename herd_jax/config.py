@@ -1,0 +1,296 @@
+"""Reading a run's config: a python file and command line overrides become one frozen dataclass. Knows no room's fields.
+
+The dataclass (nested: a section is a field that is a dataclass) declares every key with its type and default; its `__post_init__`
+says which values are allowed. Here a mapping is matched with that declaration, and each error names the full key, as in `mesh.tp`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import re
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from herd_jax.errors import UserError
+
+Config = TypeVar("Config")
+_USAGE = "--config FILE [--config.KEY=VALUE ...]"
+
+
+class _Mismatch(Exception):
+    """A value that is not of the type its field declares."""
+
+
+def read_command_line(cls: type[Config], argv: list[str]) -> Config:
+    """Reads `--config FILE`, then overrides `--config.a.b=VALUE` or `--config.a.b VALUE`, into an instance of `cls`.
+
+    FILE is python with a function `get_config()` that returns a ConfigDict or a dict, which may leave keys to their defaults.
+    `--help` prints every key and exits with 0. Raises UserError for a wrong file, key, value or argument.
+    """
+    file, overrides, arguments = None, [], list(argv)
+    while arguments:
+        flag, has_value, value = arguments.pop(0).partition("=")
+        if flag in ("--help", "-h"):
+            print(_help(cls))
+            sys.exit(0)
+        if flag != "--config" and not flag.startswith("--config."):
+            raise UserError(f"unknown argument '{flag}': the arguments are {_USAGE}")
+        if not has_value:
+            if not arguments or arguments[0].startswith("--"):
+                raise UserError(f"{flag} needs a value: give {flag}=VALUE")
+            value = arguments.pop(0)
+        if flag == "--config":
+            file = value
+        else:
+            overrides.append((flag.removeprefix("--config."), value))
+    if file is None:
+        raise UserError(f"no config file is named: give {_USAGE}")
+    mapping = _read_file(Path(file))
+    for key, value in overrides:
+        _set(mapping, key, value)
+    return parse(cls, mapping)
+
+
+def parse(cls: type[Config], mapping: Mapping[str, Any], path: str = "") -> Config:
+    """An instance of the frozen dataclass `cls` with the values of `mapping`; absent keys take their defaults.
+
+    Values may be strings, as from a command line: "16_777_216" or "1e6" for an int, "true", "none" for an optional, "1,2" for a
+    tuple, "path" or "path:0.3,other:0.7" for weights (dict[str, float]), and a python literal for any tuple, dict or section.
+    `path` is the dotted name of `cls` itself. Raises UserError for unknown keys, missing ones and values of another type.
+    """
+    for key in _unknown_keys(cls, mapping, path):
+        raise UserError(f"unknown config key '{key}': {_suggestion(key, _names(cls, path))}")
+    return _build(cls, mapping, path)
+
+
+def to_dict(instance: Any) -> dict[str, Any]:
+    """The config as nested dicts and lists that JSON can write; `parse` reads them back."""
+    return json.loads(json.dumps(dataclasses.asdict(instance)))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted names of the leaves whose values differ between two results of `to_dict`, or that only one of them has."""
+    old_leaves, new_leaves = dict(_leaves(old)), dict(_leaves(new))
+    absent = object()
+    return [key for key in {**old_leaves, **new_leaves} if old_leaves.get(key, absent) != new_leaves.get(key, absent)]
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"the config file {file} does not exist: give the path of a python file with get_config()")
+    get_config = runpy.run_path(str(file)).get("get_config")
+    if not callable(get_config):
+        raise UserError(f"the config file {file} has no function get_config(): define one that returns a ConfigDict")
+    mapping = _plain(get_config())
+    if not isinstance(mapping, dict):
+        raise UserError(f"get_config() of {file} returned {type(mapping).__name__}: return a ConfigDict or a dict")
+    return mapping
+
+
+def _plain(value: Any) -> Any:
+    """The value with every ConfigDict and mapping in it as a new dict."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def _set(mapping: dict[str, Any], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        mapping = mapping.setdefault(section, {})
+        if not isinstance(mapping, dict):
+            raise UserError(f"unknown config key '{key}': '{'.'.join(sections[:depth])}' is a value, not a section")
+    mapping[name] = value
+
+
+def _build(cls: type, mapping: Any, path: str) -> Any:
+    if isinstance(mapping, str):
+        mapping = _literal(mapping)
+    if isinstance(mapping, cls):
+        return mapping
+    if not isinstance(mapping, Mapping):
+        raise _Mismatch
+    hints, values = typing.get_type_hints(cls), {}
+    for field in _fields(cls):
+        key = _join(path, field.name)
+        if field.name in mapping:
+            try:
+                values[field.name] = _coerce(hints[field.name], mapping[field.name], key)
+            except _Mismatch:
+                value = mapping[field.name]
+                raise UserError(
+                    f"config key '{key}' must be {_type_name(hints[field.name])}, got {value!r} ({type(value).__name__})"
+                ) from None
+        elif _is_required(field) and not _section(hints[field.name]):
+            raise UserError(f"config key '{key}' is required: set it in the config file or give --config.{key}=VALUE")
+        elif _is_required(field):
+            values[field.name] = _build(_section(hints[field.name]), {}, key)
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, key: str) -> Any:
+    """The value as the type `hint`; raises _Mismatch where it is another."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(args, value, key)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)
+    if origin is tuple:
+        assert args[1:] == (Ellipsis,), f"{key}: only tuple[X, ...] is read"
+        return tuple(_coerce_item(args[0], item, f"{key}[{index}]") for index, item in enumerate(_items(value)))
+    if origin is dict:
+        assert args[0] is str, f"{key}: only dict[str, X] is read"
+        return {name: _coerce(args[1], item, f"{key}.{name}") for name, item in _weights(value).items()}
+    return _coerce_scalar(hint, value)
+
+
+def _coerce_scalar(hint: type, value: Any) -> Any:
+    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = _number(value) if isinstance(value, str) else value
+        if hint is float:
+            return float(number)
+        if isinstance(number, int) or number.is_integer():
+            return int(number)
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    assert hint in (str, bool, int, float), f"no way to read a {hint}"
+    raise _Mismatch
+
+
+def _coerce_union(members: tuple[Any, ...], value: Any, key: str) -> Any:
+    if types.NoneType in members and (value is None or isinstance(value, str) and value.lower() in ("none", "null")):
+        return None
+    for member in members:
+        if member is not types.NoneType:
+            try:
+                return _coerce(member, value, key)
+            except _Mismatch:
+                continue
+    raise _Mismatch
+
+
+def _coerce_item(hint: Any, item: Any, key: str) -> Any:
+    """An item of a tuple; a dataclass there is a config of its own, with names that start at `key`."""
+    return parse(hint, item, key) if dataclasses.is_dataclass(hint) and isinstance(item, Mapping) else _coerce(hint, item, key)
+
+
+def _number(text: str) -> int | float:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    raise _Mismatch
+
+
+def _items(value: Any) -> list | tuple:
+    if isinstance(value, str):
+        value = _literal(value) if value.lstrip()[:1] in ("(", "[") else [item.strip() for item in value.split(",") if item.strip()]
+    if not isinstance(value, list | tuple):
+        raise _Mismatch
+    return value
+
+
+def _weights(value: Any) -> Mapping[str, Any]:
+    """name -> weight of "name", "name:0.3,other:0.7", a python literal, or a mapping."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _literal(value)
+    elif isinstance(value, str):
+        matches = [re.fullmatch(r"(.+?)(?::([-+.\d][-+.\w]*))?", item.strip()) for item in value.split(",") if item.strip()]
+        value = {match[1]: match[2] or 1.0 for match in matches if match}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise _Mismatch
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        raise _Mismatch from None
+
+
+def _fields(cls: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass that a field of type `hint` holds, optional or not."""
+    return next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
+
+
+def _sections(cls: type) -> dict[str, type]:
+    hints = typing.get_type_hints(cls)
+    sections = {field.name: _section(hints[field.name]) for field in _fields(cls) if typing.get_origin(hints[field.name]) is not tuple}
+    return {name: section for name, section in sections.items() if section}
+
+
+def _names(cls: type, path: str) -> list[str]:
+    """The dotted names of every field and section below `path`."""
+    nested = [name for field, section in _sections(cls).items() for name in _names(section, _join(path, field))]
+    return [_join(path, field.name) for field in _fields(cls)] + nested
+
+
+def _unknown_keys(cls: type, mapping: Any, path: str) -> Iterator[str]:
+    if isinstance(mapping, Mapping):
+        known, sections = {field.name for field in _fields(cls)}, _sections(cls)
+        for key, value in mapping.items():
+            if key not in known:
+                yield _join(path, key)
+            elif key in sections:
+                yield from _unknown_keys(sections[key], value, _join(path, key))
+
+
+def _suggestion(key: str, names: list[str]) -> str:
+    same_last_name = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = difflib.get_close_matches(key, same_last_name or names, n=1, cutoff=0.0 if same_last_name else 0.5)
+    return f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
+
+
+def _leaves(mapping: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, _join(path, key))
+        else:
+            yield _join(path, key), value
+
+
+def _help(cls: type) -> str:
+    rows = list(_help_rows(cls, "config"))
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join([f"usage: {_USAGE}", "", *(f"  --{name:<{width}}  {kind}, {default}" for name, kind, default in rows)])
+
+
+def _help_rows(cls: type, path: str) -> Iterator[tuple[str, str, str]]:
+    hints, sections = typing.get_type_hints(cls), _sections(cls)
+    for field in _fields(cls):
+        if field.name in sections:
+            yield from _help_rows(sections[field.name], _join(path, field.name))
+        else:
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield _join(path, field.name), _type_name(hints[field.name]), "required" if _is_required(field) else f"default {default!r}"
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else re.sub(r"\w+\.(?=\w)", "", str(hint))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else str(name)

@@ -1,0 +1,97 @@
+"""Rows -> the batch of a step on the mesh. A batch depends on (seed, step) alone: there is no cursor to save, and any number of processes
+reads the same tokens, each only the rows of its own devices.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from herd_jax.data.ramp import Phase, Ramp
+from herd_jax.data.rows import DataConfig, training_rows, validation_rows
+from herd_jax.data.streams import TokenStream
+from herd_jax.parallel.context import zigzag_order
+
+NUM_THREADS, NUM_PREFETCHED = 2, 4
+
+
+class TrainingBatches:
+    """Random access to this process's part of each step's batch; a Grain data source."""
+
+    def __init__(self, config: DataConfig, streams: Sequence[TokenStream], ramp: Ramp, seed: int, num_steps: int, sharding: NamedSharding):
+        self.ramp, self.num_steps, self.sharding = ramp, num_steps, sharding
+        weights = list(config.sources.values())
+        lengths = {phase.seq_len for phase in ramp.phases}
+        self.rows = {n: training_rows(streams, weights, n, _seed(seed, n), config.document_mask) for n in lengths}
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> "HostBatch":
+        phase = self.ramp.phase_at(step)
+        return read_batch(self.rows[phase.seq_len], self.ramp.first_row(step), phase, self.sharding)
+
+    def iterate(self, first_step: int) -> Iterator["HostBatch"]:
+        """Batches from `first_step` on, read ahead by Grain's threads."""
+        options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=NUM_PREFETCHED)
+        return iter(grain.MapDataset.source(self)[first_step:].to_iter_dataset(options))
+
+
+def validation_batches(
+    config: DataConfig, streams: Sequence[TokenStream], phase: Phase, num_batches: int, sharding: NamedSharding
+) -> list["HostBatch"]:
+    """The same rows at every evaluation: at most `num_batches` of the size of a training batch; the last is filled up with masked rows."""
+    rows = validation_rows(streams, phase.seq_len, num_batches * phase.global_batch_size, config.document_mask)
+    return [read_batch(_Padded(rows), first, phase, sharding) for first in range(0, len(rows), phase.global_batch_size)]
+
+
+class HostBatch:
+    """This process's rows of one batch, by field and by first row within a micro-batch, in zigzag order."""
+
+    def __init__(self, shape: tuple[int, int, int], blocks: dict[int, dict[str, np.ndarray]]):
+        self.shape, self.blocks = shape, blocks  # first row -> field -> [M, rows of the block, S]
+
+    def to_devices(self, sharding: NamedSharding) -> dict[str, jax.Array]:
+        """Arrays [M, B of all dp ranks, S] on the mesh."""
+
+        def make(field):
+            def part(index):
+                return self.blocks[index[1].start or 0][field][:, :, index[2]]
+
+            return jax.make_array_from_callback(self.shape, sharding, part)
+
+        return {field: make(field) for field in next(iter(self.blocks.values()))}
+
+
+def read_batch(rows, first_row: int, phase: Phase, sharding: NamedSharding) -> HostBatch:
+    """Micro-batch m of a batch is rows first_row + m * B ... of `rows`, whatever the mesh."""
+    num_micro_batches, seq_len = phase.num_micro_batches, phase.seq_len
+    batch = phase.global_batch_size // num_micro_batches
+    shape = (num_micro_batches, batch, seq_len)
+    order = zigzag_order(seq_len, sharding.mesh.shape["cp"])
+    spans = {index[1].indices(batch)[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+
+    def block(start, stop):
+        read = [[rows[first_row + m * batch + i] for i in range(start, stop)] for m in range(num_micro_batches)]
+        return {field: np.stack([np.stack([row[field][order] for row in group]) for group in read]) for field in read[0][0]}
+
+    return HostBatch(shape, {start: block(start, stop) for start, stop in sorted(spans)})
+
+
+class _Padded:
+    """Rows, and after the last of them masked ones."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index < len(self.rows):
+            return self.rows[index]
+        return {field: np.zeros_like(array) for field, array in self.rows[0].items()}
+
+
+def _seed(seed: int, seq_len: int) -> int:
+    """Sequence lengths are shuffled apart, so that a later phase does not begin with the rows of an earlier one."""
+    return int(np.random.SeedSequence([seed, seq_len]).generate_state(1)[0])

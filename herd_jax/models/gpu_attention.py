@@ -1,0 +1,46 @@
+"""Attention by the GPU kernels of other libraries: tokamax, which takes the ranges, and cuDNN, where plain causal is exact.
+
+Which of them may be used is decided by `attention.choose`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def tokamax_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array, *, causal_rows: bool
+) -> jax.Array:
+    """Flash attention of tokamax over the keys `start <= s < end`; see `attention.attention` for the contract.
+
+    The public function of tokamax takes a dense mask only; its op layer takes the ranges, in a `Mask`. The forward kernels skip
+    the tiles outside the ranges. The backward kernel of Mosaic visits every tile, except above the diagonal of a causal mask: so
+    where the ranges end at the diagonal (`causal_rows`), they are passed as a causal mask with a start. The backward kernel of
+    Triton makes a dense boolean mask of the ranges.
+    """
+    from tokamax._src.ops.attention.base import Mask  # optional: pip install 'herd-jax[gpu]'
+
+    sees_BT = start_BT < end_BT
+    if causal_rows:
+        # A query that sees nothing is given its own key here: a row masked by start and diagonal together is NaN in Mosaic.
+        row_T = jnp.arange(q_BTNH.shape[1], dtype=start_BT.dtype)
+        mask = Mask(k_start=jnp.where(sees_BT, start_BT, row_T)[:, None], is_causal=True)
+    else:
+        mask = Mask(k_start=start_BT[:, None], k_end=end_BT[:, None])
+    o_BTNH = _flash_kernel(q_BTNH.dtype)(q_BTNH, k_BSKH, v_BSKH, mask=mask)
+    # Not every kernel gives 0 to a query that sees nothing; its cotangent becomes 0 here too, and with it its gradients.
+    return jnp.where(sees_BT[:, :, None, None], o_BTNH, 0)
+
+
+def _flash_kernel(dtype):
+    """The fastest kernel with a backward pass for this GPU and dtype: Mosaic on Hopper and Blackwell, else Triton."""
+    from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+
+    capability = float(jax.local_devices()[0].compute_capability)
+    has_mosaic = 9 <= capability < 11 and dtype in (jnp.bfloat16, jnp.float16)
+    return IMPLEMENTATIONS["mosaic_gpu" if has_mosaic else "triton"]
+
+
+def cudnn_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Causal attention of whole rows by cuDNN (BF16 or FP16): no document mask, no context parallelism."""
+    assert q_BTNH.shape[1] == k_BSKH.shape[1], "cudnn attention needs the queries of the whole row"
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")

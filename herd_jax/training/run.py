@@ -1,0 +1,150 @@
+"""The configuration of a run: what each room owns, put together, and the checks that need more than one room."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from herd_jax.data.ramp import Phase, Ramp
+from herd_jax.data.rows import DataConfig
+from herd_jax.errors import UserError
+from herd_jax.mesh import MeshConfig
+from herd_jax.models.attention import choose
+from herd_jax.models.config import LlamaConfig, ModelConfig
+from herd_jax.models.llama import Llama
+from herd_jax.models.params import Layout
+from herd_jax.training.checkpoint import CheckpointConfig
+from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
+from herd_jax.training.state import StatePlan
+from herd_jax.training.step import Steps
+
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of the batch ramp; `num_micro_batches` 0 takes train.num_micro_batches."""
+
+    from_tokens: int
+    global_batch_size: int
+    seq_len: int
+    num_micro_batches: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`global_batch_size` in sequences a step. `phases`, where given, replace it and `seq_len`, as the tokens trained on grow."""
+
+    num_steps: int = 1000
+    global_batch_size: int = 32
+    seq_len: int = 512
+    num_micro_batches: int = 1
+    phases: tuple[PhaseConfig, ...] = ()
+    compute_dtype: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
+    attention: str = "auto"  # auto | dense | blockwise | tokamax | cudnn
+    remat: str = "none"  # none | attention | layer: what the backward recomputes
+    gather: str = "step"  # step | layer: how often FSDP gathers the weights
+    skip_nonfinite: bool = False  # go on after a step whose loss is not finite (such a step never changes the weights)
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise UserError(f"train.num_steps is {self.num_steps}: it must be 1 or more")
+        if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
+            raise UserError(f"train.compute_dtype is '{self.compute_dtype}': it must be one of auto, {', '.join(COMPUTE_DTYPES)}")
+
+    @property
+    def ramp(self) -> Ramp:
+        phases = self.phases or (PhaseConfig(0, self.global_batch_size, self.seq_len),)
+        return Ramp(tuple(Phase(p.from_tokens, p.global_batch_size, p.seq_len, p.num_micro_batches or self.num_micro_batches) for p in phases))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Validation every `every_steps` steps (and at the end), on the same `num_batches` batches."""
+
+    every_steps: int = 100
+    num_batches: int = 8
+
+    def __post_init__(self):
+        for name in ("every_steps", "num_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"eval.{name} is {getattr(self, name)}: it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = 10
+
+    def __post_init__(self):
+        if self.every_steps < 1:
+            raise UserError(f"log.every_steps is {self.every_steps}: it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that `python -m herd_jax.train` reads."""
+
+    workdir: str
+    data: DataConfig
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        if not self.workdir:
+            raise UserError("workdir is empty: give the run a directory with --config.workdir=DIR")
+
+
+# A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
+SETTLED = ("seed", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
+
+
+def contradictions(differing: list[str]) -> list[str]:
+    """Of the fields that differ between a checkpoint's config and a run's, those that a resume may not change."""
+    return [name for name in differing if any(name == settled or name.startswith(settled + ".") for settled in SETTLED)]
+
+
+def build_steps(config: RunConfig, mesh: Mesh) -> Steps:
+    """The model, its state and steps on a mesh. Raises UserError for a combination that cannot work."""
+    model_config = config.model.resolve()
+    model_config.check_mesh(mesh)
+    check_batches(config.train.ramp, mesh)
+    platform = mesh.devices.flat[0].platform
+    attention = choose(
+        config.train.attention, platform=platform, context_parallel=mesh.shape["cp"] > 1, document_mask=config.data.document_mask
+    )
+    dtype = ("float32" if platform == "cpu" else "bfloat16") if config.train.compute_dtype == "auto" else config.train.compute_dtype
+    model = Llama.make(model_config, attention, config.train.remat)
+    layout = Layout.make(mesh, model_config.num_layers)
+    plan = StatePlan(model.declared, make_optimizer(config.optimizer, model.declared), layout)
+    return Steps(model, layout, plan, config.optimizer, COMPUTE_DTYPES[dtype], config.train.gather)
+
+
+def check_batches(ramp: Ramp, mesh: Mesh) -> None:
+    """Raises UserError where a batch does not divide over dp or a sequence over tp and cp."""
+    dp, cp, tp = mesh.shape["dp"], mesh.shape["cp"], mesh.shape["tp"]
+    parts = tp * cp * (2 if cp > 1 else 1)
+    for phase in ramp.phases:
+        if phase.global_batch_size % (phase.num_micro_batches * dp):
+            raise UserError(
+                f"train.global_batch_size {phase.global_batch_size} does not divide by train.num_micro_batches {phase.num_micro_batches} "
+                f"x mesh.dp {dp}: change one of them"
+            )
+        if phase.seq_len % parts:
+            halves = " x 2 zigzag chunks" if cp > 1 else ""
+            raise UserError(
+                f"train.seq_len {phase.seq_len} does not divide by mesh.tp {tp} x mesh.cp {cp}{halves} = {parts}: choose a multiple of {parts}"
+            )
+
+
+def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs of a token: 6 a matmul parameter, attention counted causally over whole rows (documents may need less)."""
+    c = config
+    layer = c.dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * c.dim * c.ffn_dim
+    matmul_parameters = c.num_layers * layer + c.dim * c.vocab_size
+    return 6.0 * matmul_parameters + 6.0 * c.num_layers * c.num_heads * c.head_dim * seq_len

@@ -1,0 +1,167 @@
+"""The step on every mesh against one device, and one device against autodiff through a plain forward."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(m) in (1, 2, 4, 8)]
+name = lambda mesh: "tp{}-cp{}-pp{}-dp{}".format(*mesh)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return tiny.make_rows()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def oracle(request, rows):
+    """(config, loss, gradient) of the plain forward."""
+    config = tiny.tied() if request.param else tiny.CONFIG
+    params = tiny.canonical_params(tiny.make_steps(config=config))
+    loss, gradient = jax.value_and_grad(tiny.plain_loss)(params, rows, config)
+    return config, float(loss), jax.tree.map(np.asarray, gradient)
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+def test_one_device_against_plain_forward(oracle, rows, gather, remat):
+    config, loss, gradient = oracle
+    steps = tiny.make_steps(config=config, gather=gather, remat=remat)
+    got_loss, got = tiny.loss_and_gradient(steps, rows, 2)
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    tiny.assert_close(got, gradient)
+
+
+@pytest.fixture(scope="module")
+def one_device(rows):
+    return tiny.loss_and_gradient(tiny.make_steps(), rows, 1)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=name)
+def test_every_mesh_against_one_device(mesh, rows, one_device):
+    gather = ("step", "layer")[sum(mesh) % 2]
+    loss, gradient = tiny.loss_and_gradient(tiny.make_steps(*mesh, gather=gather), rows, 2)
+    assert loss == pytest.approx(one_device[0], rel=1e-5)
+    tiny.assert_close(gradient, one_device[1])
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2)], ids=name)
+@pytest.mark.parametrize("gather", ["step", "layer"])
+@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+def test_gather_and_remat_on_meshes(mesh, gather, remat, rows, one_device):
+    steps = tiny.make_steps(*mesh, gather=gather, remat=remat, attention="blockwise")
+    loss, gradient = tiny.loss_and_gradient(steps, rows, 2)
+    assert loss == pytest.approx(one_device[0], rel=1e-5)
+    tiny.assert_close(gradient, one_device[1])
+
+
+def test_tied_embeddings_on_a_mesh(rows):
+    expected = tiny.loss_and_gradient(tiny.make_steps(config=tiny.tied()), rows, 1)
+    loss, gradient = tiny.loss_and_gradient(tiny.make_steps(2, 1, 2, 2, config=tiny.tied()), rows, 4)
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    tiny.assert_close(gradient, expected[1])
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("pp", [1, 4])
+def test_micro_batches_of_unequal_target_counts(num_micro_batches, pp, rows, one_device):
+    loss, gradient = tiny.loss_and_gradient(tiny.make_steps(pp=pp), rows, num_micro_batches)
+    assert loss == pytest.approx(one_device[0], rel=1e-5)
+    tiny.assert_close(gradient, one_device[1])
+
+
+def test_packed_documents_are_as_if_alone(rows):
+    """Each document of a packed row, cut out and padded to a row of its own, gives the same loss and gradient."""
+    packed = tiny.make_rows(seed=3, num_rows=4)
+    alone = {field: [] for field in packed}
+    for r in range(4):
+        for segment in np.unique(packed["segment_ids"][r]):
+            where = np.flatnonzero(packed["segment_ids"][r] == segment)
+            for field, array in packed.items():
+                alone[field].append(np.pad(array[r, where], (0, tiny.SEQ_LEN - len(where))))
+    alone = {field: np.stack(arrays) for field, arrays in alone.items()}
+    assert len(alone["tokens"]) > 4
+    expected = tiny.loss_and_gradient(tiny.make_steps(), alone, 1)
+    for mesh in ((1, 1, 1, 1), (1, 4, 1, 1)):
+        loss, gradient = tiny.loss_and_gradient(tiny.make_steps(*mesh, attention="blockwise"), packed, 1)
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        tiny.assert_close(gradient, expected[1])
+
+
+def test_training_on_a_mesh_follows_one_device(rows):
+    """Several optimizer steps with clipping: losses and norms agree, so the norm counts each parameter once on every mesh."""
+    runs = []
+    for mesh in ((1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 4)):
+        steps = tiny.make_steps(*mesh, clip_norm=0.5)
+        state, batch = steps.plan.init(0), tiny.to_batch(steps, rows, 2)
+        seen = []
+        for _ in range(4):
+            state, metrics = steps.train(state, batch)
+            seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        assert int(state.step) == 4 and seen[-1][0] < seen[0][0]
+        runs.append(seen)
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
+    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-5)
+
+
+def test_non_finite_step_changes_nothing_but_the_count(rows):
+    steps = tiny.make_steps(2, 1, 2, 2)
+    state, batch = steps.plan.init(0), tiny.to_batch(steps, rows, 2)
+    state = state._replace(params=jax.tree.map(lambda p: p, state.params))
+    before = jax.tree.map(np.array, (state.params, state.optimizer))
+    poisoned = state.params["layers"]["down"].at[0, 0, 0].set(jnp.inf)
+    bad = state._replace(params={**state.params, "layers": {**state.params["layers"], "down": poisoned}})
+    after, metrics = steps.train(bad, batch)
+    assert not bool(metrics["finite"]) and int(after.step) == 1
+    after = jax.tree.map(np.array, (after.params, after.optimizer))
+    after[0]["layers"]["down"][0, 0, 0] = before[0]["layers"]["down"][0, 0, 0]
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_padded_vocabulary_and_empty_slots_stay_zero(rows):
+    steps = tiny.make_steps(8, 1, 1, 1)
+    state, _ = steps.train(steps.plan.init(0), tiny.to_batch(steps, rows, 2))
+    table = np.asarray(state.params["ends"]["embed"]["table"])
+    assert table.shape[0] == 64 and (table[61:] == 0).all() and (table[:61] != 0).any()
+    steps = tiny.make_steps(1, 1, 8, 1)
+    state, _ = steps.train(steps.plan.init(0), tiny.to_batch(steps, rows, 2))
+    empty = steps.layout.layer_of_slot < 0
+    down = np.asarray(state.params["layers"]["down"])
+    assert empty.sum() == 3 and (down[empty] == 0).all() and (down[~empty] != 0).any()
+
+
+def test_evaluate_is_the_training_loss(rows, one_device):
+    for mesh in ((1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2)):
+        steps = tiny.make_steps(*mesh)
+        sums = steps.evaluate(steps.plan.init(0).params, tiny.to_batch(steps, rows, 2))
+        assert float(sums["num_targets"]) == rows["loss_mask"].sum()
+        assert float(sums["loss"]) / float(sums["num_targets"]) == pytest.approx(one_device[0], rel=1e-5)
+
+
+def test_no_weight_is_among_the_residuals(rows):
+    """What waits between forward and backward grows with tokens, not with weights."""
+    from herd_jax.parallel.stage import LayerVjp
+
+    for remat, most in (("none", 9), ("attention", 3), ("layer", 1)):
+        steps = tiny.make_steps(attention="blockwise", remat=remat)
+        stored = []
+
+        def probe(params, batch):
+            micro_batch = jax.tree.map(lambda a: a[0], steps.model.micro_batches(**batch))
+            program = steps.model.program(steps.layout.layers_per_stage, None)
+            weights = jax.tree.map(lambda w: w[0], params["layers"])
+            x_BTD = program.embed(params["ends"], micro_batch)
+            stored.extend(LayerVjp.trace(program.layer, weights, x_BTD, micro_batch).stored)
+            return x_BTD
+
+        state = steps.plan.init(0)
+        batch = tiny.to_batch(steps, tiny.make_rows(num_rows=7), 1)
+        specs = (steps.plan.specs.params, jax.tree.map(lambda _: steps.batch_sharding.spec, batch))
+        mapped = jax.shard_map(probe, mesh=steps.layout.mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)
+        jax.eval_shape(mapped, state.params, batch)
+        assert all(7 in leaf.shape for leaf in stored if leaf.shape), stored
+        assert len(stored) <= most, stored
