@@ -19,7 +19,7 @@ from herd_jax.models.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.params import bind, declarations, declare, normal, ones
 from herd_jax.models.rope import frequencies, rotate, rotations
-from herd_jax.parallel import context, tensor
+from herd_jax.parallel import collectives, context, tensor
 from herd_jax.parallel.pipeline import Program
 
 REMAT = ("none", "attention", "layer")
@@ -85,7 +85,8 @@ class Layer(nnx.Module):
         qk, v_BTKH = recompute(rotate)(qkv[..., :-1, :], batch.cos_BTh, batch.sin_BTh), qkv[..., -1, :]
         q_BTNH, k_BTKH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1]), qk[..., -1, :]
         k_BSKH, v_BSKH = context.gather_keys(k_BTKH, 1), context.gather_keys(v_BTKH, 1)
-        o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, batch.start_BT, batch.end_BT, self.attention_implementation)
+        o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, batch.start_BT, batch.end_BT, self.attention_implementation,
+                           causal_rows=collectives.axis_size("cp") == 1)  # fmt: skip
         return x_BTD + tensor.scatter_sequence(recompute(self.project_out)(o_BTNH, self.out[...]))
 
     def feed_forward(self, x_BTD: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Low frequencies divided by `factor`, high ones kept, a blend between (facts: section B.3; Meta's llama-models)."""
+    """Low frequencies divided by `factor`, high ones kept, a blend between; factor 1 is no scaling (Meta's llama-models)."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
