@@ -1,0 +1,141 @@
+"""Rows of training and validation: token streams cut to a sequence length, packed with segment ids, shuffled and mixed by Grain.
+
+Assembling rows into global batches is not here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import grain
+import numpy as np
+
+from herd_jax.data.streams import TokenStream
+from herd_jax.errors import UserError
+from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to read. `open_streams` checks it."""
+
+    sources: dict[str, float]  # directory made by herd_jax.tokenize -> weight (relative)
+    tokenizer: str = ""  # name or path; empty: the one stored beside the first source
+    document_mask: bool = True  # documents in a row do not see each other (section 3.2)
+
+
+def open_streams(config: DataConfig, split: Literal["train", "validation"]) -> list[TokenStream]:
+    """The streams of one split, in the order of `config.sources`.
+
+    Raises UserError for no sources, a missing, damaged or empty one, a weight that is not positive and finite, or sources of
+    different tokenizers.
+    """
+    if not config.sources:
+        raise UserError("data.sources is empty: name at least one directory made by python -m herd_jax.tokenize")
+    for path, weight in config.sources.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"data.sources gives {path} the weight {weight!r}: it must be a positive finite number")
+        if not Path(path).expanduser().is_dir():
+            raise UserError(f"data source {path} does not exist: make it with python -m herd_jax.tokenize --target {path}")
+    streams = [TokenStream(Path(path).expanduser() / split) for path in config.sources]
+    for stream in streams[1:]:
+        if stream.tokenizer_fingerprint != streams[0].tokenizer_fingerprint:
+            raise UserError(f"data.sources mixes tokenizers: {stream.path} and {streams[0].path} were made with different ones")
+    return streams
+
+
+def load_data_tokenizer(config: DataConfig, streams: Sequence[TokenStream]) -> Tokenizer:
+    """The tokenizer of `config`; raises UserError where it is not the one that made the streams."""
+    path = config.tokenizer or streams[0].tokenizer_path
+    tokenizer = load_tokenizer(path)
+    if tokenizer.fingerprint != streams[0].tokenizer_fingerprint:
+        raise UserError(f"{streams[0].path} was not made with the tokenizer {path}: leave data.tokenizer empty")
+    return tokenizer
+
+
+def check_vocabulary(streams: Sequence[TokenStream], model_vocab_size: int) -> None:
+    """Raises UserError where a stream may hold token ids that a model of `model_vocab_size` has no embedding for."""
+    for stream in streams:
+        if stream.vocab_size > model_vocab_size:
+            raise UserError(
+                f"{stream.path} has token ids up to {stream.vocab_size - 1} but model.vocab_size is {model_vocab_size}: "
+                f"set it to at least {stream.vocab_size}"
+            )
+
+
+def training_rows(
+    streams: Sequence[TokenStream], weights: Sequence[float], seq_len: int, seed: int, document_mask: bool = True
+) -> grain.MapDataset:
+    """Rows without end; row i, for any i >= 0, depends on the streams, the weights, `seq_len`, `seed` and i alone.
+
+    Each source is shuffled anew in each of its epochs and shows every row once an epoch; sources alternate in proportion to
+    `weights` (to 1 %). A row is a dict of arrays [S], see `StreamRows`. Raises UserError where `seq_len` is longer than a stream.
+    """
+    shortest = min(streams, key=lambda stream: stream.num_tokens)
+    if shortest.num_tokens <= seq_len:
+        raise UserError(
+            f"train.seq_len {seq_len} is longer than the data: {shortest.path} has {shortest.num_tokens} tokens, "
+            f"so the largest possible is {shortest.num_tokens - 1}"
+        )
+    # Grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds and sources from sharing orders.
+    seeds = np.random.SeedSequence(seed).generate_state(len(streams))
+    sources = [
+        grain.MapDataset.source(StreamRows(stream, seq_len, document_mask)).shuffle(seed=int(source_seed)).repeat()
+        for stream, source_seed in zip(streams, seeds, strict=True)
+    ]
+    return grain.MapDataset.mix(sources, list(weights))
+
+
+def validation_rows(
+    streams: Sequence[TokenStream], seq_len: int, num_rows: int, document_mask: bool = True
+) -> grain.MapDataset:
+    """The same `num_rows` rows always, or all where there are fewer: an equal share from each stream, spaced evenly in it."""
+    sources = sorted((StreamRows(stream, seq_len, document_mask) for stream in streams), key=len)
+    chosen: list[tuple[StreamRows, int]] = []
+    for i, rows in enumerate(sources):  # what a short stream cannot give, the longer ones after it do
+        share = min(len(rows), (num_rows - len(chosen)) // (len(sources) - i))
+        chosen += [(rows, k * len(rows) // share) for k in range(share)]
+    return grain.MapDataset.source(chosen).map(lambda choice: choice[0][choice[1]])
+
+
+class StreamRows:
+    """One epoch of a stream in rows of S tokens that overlap by one, so that every token but the first is a target once.
+
+    Row i starts at token i * S. The last row is padded. A row is a dict of arrays [S]:
+    `tokens` and `targets` (the next token), int32;
+    `loss_mask`, bool: False on padding and where the target belongs to another document;
+    `segment_ids`, int32: 1, 2, ... for the documents of the row, 0 on padding;
+    `positions`, int32: 0, 1, ... in each segment, also in a document that began in an earlier row.
+    Without `document_mask` the row is one segment and only padding is masked.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool):
+        self._stream = stream
+        self._seq_len = seq_len
+        self._document_mask = document_mask
+
+    def __len__(self) -> int:
+        return -(-(self._stream.num_tokens - 1) // self._seq_len)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        seq_len = self._seq_len
+        start = index * seq_len
+        stop = min(start + seq_len + 1, self._stream.num_tokens)
+        num_targets = stop - start - 1
+        window = np.zeros(seq_len + 1, np.int32)
+        window[: num_targets + 1] = self._stream.read(start, stop)
+        begins = np.zeros(seq_len + 1, bool)  # whether a document begins at this token of the window
+        if self._document_mask:
+            begins[self._stream.document_ends(start, stop - 1) - start] = True
+        index_S = np.arange(seq_len, dtype=np.int32)
+        real_S = index_S < num_targets
+        segment_start_S = np.maximum.accumulate(np.where(begins[:-1], index_S, 0))
+        return {
+            "tokens": np.where(real_S, window[:-1], 0),
+            "targets": window[1:],
+            "loss_mask": real_S & ~begins[1:],
+            "segment_ids": np.where(real_S, 1 + np.cumsum(begins[:-1], dtype=np.int32), 0),
+            "positions": np.where(real_S, index_S - segment_start_S, 0),
+        }
