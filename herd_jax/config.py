@@ -1,7 +1,7 @@
 """Reading a run's config: a python file and command line overrides become one frozen dataclass. Knows no room's fields.
 
-The dataclass (nested: a section is a field that is a dataclass) declares every key with its type and default; its `__post_init__`
-says which values are allowed. Here a mapping is matched with that declaration, and each error names the full key, as in `mesh.tp`.
+The dataclass (nested: a section is a field that is a dataclass) declares every key with its type and default; its own
+`__post_init__` says which values are allowed. Here a mapping is matched with that declaration, and each error names the full key.
 """
 
 import ast
@@ -107,7 +107,9 @@ def _plain(value: Any) -> Any:
 def _set(mapping: dict[str, Any], key: str, value: str) -> None:
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, start=1):
-        mapping = mapping.setdefault(section, {})
+        if mapping.get(section) is None:
+            mapping[section] = {}
+        mapping = mapping[section]
         if not isinstance(mapping, dict):
             raise UserError(f"unknown config key '{key}': '{'.'.join(sections[:depth])}' is a value, not a section")
     mapping[name] = value
@@ -120,7 +122,7 @@ def _build(cls: type, mapping: Any, path: str) -> Any:
         return mapping
     if not isinstance(mapping, Mapping):
         raise _Mismatch
-    hints, values = typing.get_type_hints(cls), {}
+    hints, sections, values = typing.get_type_hints(cls), _sections(cls), {}
     for field in _fields(cls):
         key = _join(path, field.name)
         if field.name in mapping:
@@ -131,10 +133,10 @@ def _build(cls: type, mapping: Any, path: str) -> Any:
                 raise UserError(
                     f"config key '{key}' must be {_type_name(hints[field.name])}, got {value!r} ({type(value).__name__})"
                 ) from None
-        elif _is_required(field) and not _section(hints[field.name]):
-            raise UserError(f"config key '{key}' is required: set it in the config file or give --config.{key}=VALUE")
         elif _is_required(field):
-            values[field.name] = _build(_section(hints[field.name]), {}, key)
+            if field.name not in sections:
+                raise UserError(f"config key '{key}' is required: set it in the config file or give --config.{key}=VALUE")
+            values[field.name] = _build(sections[field.name], {}, key)
     return cls(**values)
 
 
@@ -197,7 +199,9 @@ def _number(text: str) -> int | float:
 
 def _items(value: Any) -> list | tuple:
     if isinstance(value, str):
-        value = _literal(value) if value.lstrip()[:1] in ("(", "[") else [item.strip() for item in value.split(",") if item.strip()]
+        value = (
+            _literal(value) if value.lstrip()[:1] in ("(", "[") else [item.strip() for item in value.split(",") if item.strip()]
+        )
     if not isinstance(value, list | tuple):
         raise _Mismatch
     return value
@@ -230,15 +234,14 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _section(hint: Any) -> type | None:
-    """The dataclass that a field of type `hint` holds, optional or not."""
-    return next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
-
-
 def _sections(cls: type) -> dict[str, type]:
-    hints = typing.get_type_hints(cls)
-    sections = {field.name: _section(hints[field.name]) for field in _fields(cls) if typing.get_origin(hints[field.name]) is not tuple}
-    return {name: section for name, section in sections.items() if section}
+    """Field name -> dataclass of the fields that hold one, optional or not."""
+    found, hints = {}, typing.get_type_hints(cls)
+    for field in _fields(cls):
+        hint = hints[field.name]
+        members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        found |= {field.name: member for member in members if dataclasses.is_dataclass(member)}
+    return found
 
 
 def _names(cls: type, path: str) -> list[str]:
@@ -283,9 +286,9 @@ def _help_rows(cls: type, path: str) -> Iterator[tuple[str, str, str]]:
         if field.name in sections:
             yield from _help_rows(sections[field.name], _join(path, field.name))
         else:
-            factory = field.default_factory
-            default = field.default if factory is dataclasses.MISSING else factory()
-            yield _join(path, field.name), _type_name(hints[field.name]), "required" if _is_required(field) else f"default {default!r}"
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            text = "required" if _is_required(field) else f"default {default!r}"
+            yield _join(path, field.name), _type_name(hints[field.name]), text
 
 
 def _type_name(hint: Any) -> str:

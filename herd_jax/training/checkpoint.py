@@ -1,16 +1,14 @@
 """Checkpoints of a training run: what is in one, when it is trusted, which are kept. The loop decides when to save.
 
-Orbax (`CheckpointManager`) writes: each process its own shards, in the background, into a temporary directory that is renamed when
-complete, so that a crash leaves at most a half-written directory, never listed as a step. It reads any array onto any sharding and
-deletes the steps that our preservation policy gives up. We add:
+Orbax (`CheckpointManager`) writes: each process its own shards, in the background, into a temporary directory that is renamed
+when complete, so that a crash leaves at most a half-written directory, never listed as a step. It reads any array onto any
+sharding and deletes the steps that our preservation policy gives up. We add:
 - a record (JSON, with its own checksum) beside the state: run config, data position, validation loss, and for every leaf its type
   and a checksum that does not depend on sharding, computed on the devices before saving and compared after restoring;
 - falling back: a checkpoint that cannot be read, or whose leaves differ from their checksums, is set aside and the one before
   is used, while a state that does not fit the model is the user's error and touches nothing;
 - errors that name the disk, not the library.
-
-Checksums find what changed between the devices that saved and those that restored; they do not repair. Bytes that no array needs
-(padding, the library's notes) may change unseen.
+Checksums find what changed; they do not repair. Bytes that no array needs (padding, the library's notes) may change unseen.
 """
 
 import contextlib
@@ -45,7 +43,7 @@ _TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often to save (in steps) and how many of the newest checkpoints to keep; the best by validation loss is kept besides."""
+    """How often to save (in steps) and how many of the newest checkpoints to keep; the best by validation loss is kept too."""
 
     every_steps: int = 100
     keep: int = 3
@@ -117,11 +115,11 @@ class Checkpointer:
         return None
 
     def restore(self, abstract_state: PyTree) -> Restored | None:
-        """Reads the newest readable checkpoint onto the shardings of `abstract_state` (leaves: jax.ShapeDtypeStruct with sharding).
+        """Reads the newest readable checkpoint onto the shardings of `abstract_state` (leaves: ShapeDtypeStruct with sharding).
 
-        None where no checkpoint is. Damaged checkpoints newer than the one returned are renamed to `DIRECTORY.corrupt-STEP`, with a
-        warning each. Raises UserError where no checkpoint is readable (then nothing is renamed) or where the saved state has other
-        leaves, shapes or dtypes than `abstract_state`.
+        None where no checkpoint is. Damaged ones newer than the one returned are renamed to `DIRECTORY.corrupt-STEP`, with a
+        warning each. Raises UserError where none is readable (then nothing is renamed) or where the saved state has other leaves,
+        shapes or dtypes than `abstract_state`.
         """
         self.wait()
         for path in sorted(self.directory.glob(f"*{_TEMPORARY}*")):
@@ -155,7 +153,7 @@ class Checkpointer:
             self._manager.close()  # does not raise again what wait() raised
 
     def _prepare_directory(self) -> None:
-        """Before the first save: makes the directory, frees the space of interrupted saves, reads which earlier step is the best."""
+        """Before the first save: makes the directory, removes interrupted saves, reads which earlier step is the best."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
@@ -214,7 +212,7 @@ class Checkpointer:
 class _NewestAndBest:
     """Orbax's PreservationPolicy: keeps the newest `keep` and the one with the lowest validation loss (the later of two equals).
 
-    Orbax's BestN reads its metrics when the manager is made, where one damaged file would raise for all steps; ours are in the record.
+    Orbax's own BestN has its metrics read when the manager is made, where one damaged file would raise for all steps.
     """
 
     keep: int
@@ -243,7 +241,9 @@ def _reading() -> Iterator[None]:
 
 def _leaf_types(state: PyTree) -> dict[str, str]:
     """Leaf name -> dtype and shape, such as "float32[4, 8]", in the order of the pytree; the leaves may be abstract."""
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def _checksums(state: PyTree) -> dict[str, int]:
@@ -255,7 +255,7 @@ def _checksums(state: PyTree) -> dict[str, int]:
 def _checksum(array: jax.Array) -> jax.Array:
     """A uint32: the sum, modulo 2**32, of each element's bits times an odd number made of its index.
 
-    Addition has no order, so the sharding does not matter; the odd factor makes every change of one element count, and most swaps.
+    Addition has no order, so the sharding does not matter; the odd factor makes each change of one element count, and most swaps.
     """
     assert array.dtype.itemsize in (1, 2, 4) and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key), array.dtype
     unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
@@ -270,10 +270,11 @@ def _require_same_leaves(step: int, saved: dict[str, str], abstract_state: PyTre
     """Raises UserError naming the first leaf that the checkpoint and the model do not share."""
     wanted = _leaf_types(abstract_state)
     for name in [*wanted, *saved]:
-        if saved.get(name) != wanted.get(name):
+        have, want = saved.get(name, "absent"), wanted.get(name, "absent")
+        if have != want:
             raise UserError(
-                f"the checkpoint of step {step} does not fit this model: {name} is {saved.get(name, 'absent')} in the checkpoint and"
-                f" {wanted.get(name, 'absent')} in the model; use the config that it was saved with, or another workdir"
+                f"the checkpoint of step {step} does not fit this model: {name} is {have} in the checkpoint and {want} in the"
+                " model; use the config that it was saved with, or another workdir"
             )
 
 

@@ -138,7 +138,12 @@ class Console:
         return sys.stdout.isatty() and not self._terminal.is_dumb_terminal and not self._terminal.quiet
 
     def _line(self, step: int, values: dict[str, float | None]) -> str:
-        formats = {"loss": "loss {:.4f}", "val_loss": "val loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
+        formats = {
+            "loss": "loss {:.4f}",
+            "val_loss": "val loss {:.4f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+            "mfu": "MFU {:.1%}",
+        }
         shown = [text.format(values[name]) for name, text in formats.items() if values.get(name) is not None]
         return " | ".join([f"step {step}/{self._num_steps}", *shown, *self._time_left(step)])
 
