@@ -1,8 +1,8 @@
 """The pipeline executor: runs any schedule table as one device's share (section 3.3.2 of the paper). It knows no model.
 
-A tick is an operation (idle, forward or backward of one micro-batch through one stage) and an exchange with the neighbours in pp.
-tp, cp and dp collectives may happen inside an operation: their groups share a pp rank, hence a branch. On one stage there is nothing
-to schedule: each micro-batch runs forward and backward in turn.
+A tick is an operation (idle, forward or backward of one micro-batch through one stage) and an exchange with the neighbours in pp. Loops
+over layers take no round where the operation is another. tp, cp and dp collectives may happen inside an operation: their groups share
+a pp rank, hence an operation. On one stage there is nothing to schedule: each micro-batch runs forward and backward in turn.
 """
 
 import dataclasses
@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from herd_jax.parallel import collectives
-from herd_jax.parallel.schedule import Schedule, Table, plan_buffers
+from herd_jax.parallel.schedule import BACKWARD, FORWARD, Schedule, Table, plan_buffers
 from herd_jax.parallel.stage import LayerFunction, Layers, LayerVjp
 
 PyTree = Any
@@ -74,14 +73,10 @@ def evaluate(program: Program, ends: dict, layers: PyTree, micro_batches: PyTree
     def tick(carry, row):
         activations, sums = carry
         do = dict(zip(Table.COLUMNS, row))
-
-        def forward():
-            x_BTD = lax.cond(run.is_first(do["chunk"]), lambda: first(do["micro_batch"]), lambda: activations[do["activation"]])
-            y_BTD = run.layers.apply(x_BTD, run.micro_batch(do["micro_batch"]), *run.span(do["chunk"]))
-            more = lax.cond(run.is_last(do["chunk"]), lambda: head(y_BTD, do["micro_batch"]), lambda: no_sums)
-            return y_BTD, jax.tree.map(jnp.add, sums, more)
-
-        y_BTD, sums = lax.cond(do["operation"] > 0, forward, lambda: (jnp.zeros_like(run.x_BTD), sums))
+        m, forward = do["micro_batch"], do["operation"] == FORWARD
+        x_BTD = when(forward & run.is_first(do["chunk"]), lambda _: first(m), activations[do["activation"]])
+        y_BTD = run.layers.apply(x_BTD, run.micro_batch(m), *run.span(do["chunk"], forward))
+        sums = when(forward & run.is_last(do["chunk"]), lambda sums: jax.tree.map(jnp.add, sums, head(y_BTD, m)), sums)
         activations = _receive(activations, do["arriving_activation"], collectives.shift(y_BTD, "pp", 1))
         return (activations, sums), None
 
@@ -106,70 +101,66 @@ def value_and_gradient(
         add = lambda total, gradient: total + gradient.astype(total.dtype)
         return {**totals, **jax.tree.map(add, pick(totals, tuple(gradients)), exchange.finish_ends(gradients))}
 
-    def head(x_BTD, m, d_ends, sums):
-        """Cotangent of the last activation; the loss, its gradient and the head's weights' are found together."""
+    def head(m, carry):
+        """The last activation becomes its cotangent: the loss, its gradient and that of the head's weights are found together."""
+        x_BTD, d_ends, sums = carry
         both = jax.value_and_grad(program.head, argnums=(0, 1), has_aux=True)
         (_, more), (dw, dx_BTD) = both(run.fetch(program.head_keys), x_BTD, run.micro_batch(m))
         return dx_BTD, accumulate(d_ends, dw), jax.tree.map(jnp.add, sums, more)
 
-    def embed_backward(dx_BTD, m, d_ends):
+    def embed_backward(m, dx_BTD, d_ends):
         _, vjp = jax.vjp(lambda w: program.embed(w, run.micro_batch(m)), run.fetch(program.embed_keys))
         return accumulate(d_ends, vjp(dx_BTD)[0])
 
     sums_shape = jax.eval_shape(lambda: program.head(run.fetch(program.head_keys), run.x_BTD, run.micro_batch(0))[1])
     no_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_shape)
     d_ends, d_layers = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (ends, layers))
-    num_slots = max(program.layer_slots(), 1)
 
     if schedule.num_ranks == 1:
 
         def whole(m, carry):
             store, d_ends, d_layers, sums = carry
             y_BTD, store = run.layers.forward(store, 0, first(m), run.micro_batch(m), *run.span(0))
-            dy_BTD, d_ends, sums = head(y_BTD, m, d_ends, sums)
+            dy_BTD, d_ends, sums = head(m, (y_BTD, d_ends, sums))
             dx_BTD, d_layers = run.layers.backward(store, 0, dy_BTD, run.micro_batch(m), *run.span(0), d_layers)
-            return store, embed_backward(dx_BTD, m, d_ends), d_layers, sums
+            return store, embed_backward(m, dx_BTD, d_ends), d_layers, sums
 
-        carry = (run.layers.empty_store(1, num_slots), d_ends, d_layers, no_sums)
+        carry = (run.layers.empty_store(1, run.slots), d_ends, d_layers, no_sums)
         _, d_ends, d_layers, sums = lax.fori_loop(0, schedule.num_micro_batches, whole, carry)
         return sums, d_ends, d_layers
 
     table = plan_buffers(schedule)
-    nothing = jnp.zeros_like(run.x_BTD)
 
     def tick(carry, row):
-        activations, cotangents, *state = carry
+        activations, cotangents, store, d_ends, d_layers, sums = carry
         do = dict(zip(Table.COLUMNS, row))
-        m, micro_batch, span = do["micro_batch"], run.micro_batch(do["micro_batch"]), run.span(do["chunk"])
-        is_first, is_last = run.is_first(do["chunk"]), run.is_last(do["chunk"])
+        m, chunk, residual = do["micro_batch"], do["chunk"], do["residual"]
+        forward, backward = do["operation"] == FORWARD, do["operation"] == BACKWARD
+        is_first, is_last, micro_batch = run.is_first(chunk), run.is_last(chunk), run.micro_batch(m)
 
-        def idle(cotangents, store, d_ends, d_layers, sums):
-            return nothing, nothing, cotangents, store, d_ends, d_layers, sums
+        x_BTD = when(forward & is_first, lambda _: first(m), activations[do["activation"]])
+        y_BTD, store = run.layers.forward(store, residual, x_BTD, micro_batch, *run.span(chunk, forward))
+        cotangents = _receive(cotangents, jnp.where(forward & is_last, do["cotangent"], -1), y_BTD)
 
-        def forward(cotangents, store, d_ends, d_layers, sums):
-            x_BTD = lax.cond(is_first, lambda: first(m), lambda: activations[do["activation"]])
-            y_BTD, store = run.layers.forward(store, do["residual"], x_BTD, micro_batch, *span)
-            cotangents = _receive(cotangents, jnp.where(is_last, do["cotangent"], -1), y_BTD)
-            return y_BTD, nothing, cotangents, store, d_ends, d_layers, sums
+        carry = (cotangents[do["cotangent"]], d_ends, sums)
+        dy_BTD, d_ends, sums = when(backward & is_last, lambda carry: head(m, carry), carry)
+        dx_BTD, d_layers = run.layers.backward(store, residual, dy_BTD, micro_batch, *run.span(chunk, backward), d_layers)
+        d_ends = when(backward & is_first, lambda d_ends: embed_backward(m, dx_BTD, d_ends), d_ends)
 
-        def backward(cotangents, store, d_ends, d_layers, sums):
-            waiting = cotangents[do["cotangent"]]
-            dy_BTD, d_ends, sums = lax.cond(
-                is_last, lambda d_ends, sums: head(waiting, m, d_ends, sums), lambda *rest: (waiting, *rest), d_ends, sums
-            )
-            dx_BTD, d_layers = run.layers.backward(store, do["residual"], dy_BTD, micro_batch, *span, d_layers)
-            d_ends = lax.cond(is_first, lambda d_ends: embed_backward(dx_BTD, m, d_ends), lambda d_ends: d_ends, d_ends)
-            return nothing, dx_BTD, cotangents, store, d_ends, d_layers, sums
-
-        y_BTD, dx_BTD, cotangents, *state = lax.switch(do["operation"], [idle, forward, backward], cotangents, *state)
         activations = _receive(activations, do["arriving_activation"], collectives.shift(y_BTD, "pp", 1))
         cotangents = _receive(cotangents, do["arriving_cotangent"], collectives.shift(dx_BTD, "pp", -1))
-        return (activations, cotangents, *state), None
+        return (activations, cotangents, store, d_ends, d_layers, sums), None
 
     start = (run.buffer(table.num_activation_slots), run.buffer(table.num_cotangent_slots),
-             run.layers.empty_store(table.num_residual_slots, num_slots), d_ends, d_layers, no_sums)  # fmt: skip
+             run.layers.empty_store(table.num_residual_slots, run.slots), d_ends, d_layers, no_sums)  # fmt: skip
     (_, _, _, d_ends, d_layers, sums), _ = lax.scan(tick, start, _my_rows(table))
     return collectives.all_reduce(sums, "pp"), d_ends, d_layers
+
+
+def when(condition: jax.Array, body, carry):
+    """`body(carry)` if `condition`, else `carry`: a loop of one round or none, whose carry XLA updates in place. What passes through a
+    conditional untouched is copied, which would double the residual store."""
+    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: body(carry), carry)
 
 
 class _Run:
@@ -194,12 +185,12 @@ class _Run:
     def micro_batch(self, m):
         return jax.tree.map(lambda a: a[m], self.micro_batches)
 
-    def span(self, chunk):
-        """(first layer slot, number of layers) of a chunk on this rank; plain numbers where all ranks agree."""
-        counts = np.array(self.program.layers_per_stage).reshape(self.num_chunks, self.num_ranks)
-        if (counts == counts[0, 0]).all():
-            return chunk * self.slots, int(counts[0, 0])
-        return chunk * self.slots, jnp.asarray(counts)[chunk, lax.axis_index("pp")]
+    def span(self, chunk, condition: jax.Array | bool = True):
+        """(first layer slot, number of layers) of a chunk on this rank; no layers where `condition` does not hold."""
+        if condition is True:  # one stage: a plain number, so that the loop's length is known
+            return chunk * self.slots, self.program.layers_per_stage[chunk]
+        counts = jnp.asarray(self.program.layers_per_stage).reshape(self.num_chunks, self.num_ranks)
+        return chunk * self.slots, jnp.where(condition, counts[chunk, lax.axis_index("pp")], 0)
 
     def is_first(self, chunk):
         return (lax.axis_index("pp") == 0) & (chunk == 0)
