@@ -73,15 +73,15 @@ def choose(implementation: str, *, platform: str, context_parallel: bool, docume
         case "dense" | "blockwise":
             return implementation
         case "tokamax" | "cudnn" if not on_gpu:
-            raise UserError(f"attention '{implementation}' runs on GPUs only, not on {platform}: choose 'auto' or 'blockwise'")
+            raise UserError(f"train.attention '{implementation}' runs on GPUs only, not on {platform}: choose 'auto' or 'blockwise'")
         case "tokamax" if not has_tokamax:
-            raise UserError("attention 'tokamax' needs the tokamax package: pip install 'herd-jax[gpu]' on Python 3.12 or newer")
+            raise UserError("train.attention 'tokamax' needs the tokamax package: pip install 'herd-jax[gpu]' on Python 3.12 or newer")
         case "cudnn" if context_parallel or document_mask:
             ignored = "the order of the queries that mesh.cp > 1 gives them" if context_parallel else "the document mask"
-            raise UserError(f"attention 'cudnn' would ignore {ignored}: choose 'auto', 'tokamax' or 'blockwise'")
+            raise UserError(f"train.attention 'cudnn' would ignore {ignored}: choose 'auto', 'tokamax' or 'blockwise'")
         case "tokamax" | "cudnn":
             return implementation
-    raise UserError(f"unknown attention '{implementation}': choose one of {', '.join(IMPLEMENTATIONS)}")
+    raise UserError(f"train.attention is '{implementation}': it must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
 def dense_attention(

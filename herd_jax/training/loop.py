@@ -125,6 +125,7 @@ class _Run:
         ramp, first = self.config.train.ramp, step - len(pending)
         if not all(finite) and not self.config.train.skip_nonfinite:
             bad = first + finite.index(False) + 1
+            self.checkpointer.wait()
             good = self.checkpointer.steps()
             last_good = f"the last good checkpoint is of step {good[-1]}" if good else "there is no checkpoint yet"
             raise UserError(

@@ -34,7 +34,7 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be at least 0 and less than 1")
         for name in ("peak_learning_rate", "final_learning_rate", "weight_decay", "eps"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be 0 or more")
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must be finite and 0 or more")
         if not self.clip_norm > 0:
             raise UserError(f"optimizer.clip_norm is {self.clip_norm}: it must be positive (inf: no clipping)")
         if not 0 <= self.warmup_steps <= self.decay_steps:

@@ -98,6 +98,8 @@ class RunConfig:
     def __post_init__(self):
         if not self.workdir:
             raise UserError("workdir is empty: give the run a directory with --config.workdir=DIR")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must be 0 or more")
 
 
 # A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.

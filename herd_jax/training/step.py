@@ -64,6 +64,8 @@ class Steps:
         return {field: BATCH_SPEC for field in BATCH_FIELDS}
 
     def _jit(self, function, in_specs, out_specs, **options):
+        if self.compute_dtype == jnp.float32:  # not TF32, where a GPU would take it
+            function = jax.default_matmul_precision("highest")(function)
         mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, **options)
 
