@@ -12,7 +12,7 @@ from jax import lax
 
 from herd_jax.parallel import collectives, tensor
 
-CHUNK_BYTES = 64 << 20  # of FP32 logits at a time
+CHUNK_TOKENS = 1024  # enough to keep the matmuls and the running gradient of the weights efficient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -40,7 +40,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 def _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient):
     num_tokens, num_columns = target_BT.size, w_DV.shape[1]
-    num_chunks = -(-num_tokens * num_columns * 4 // CHUNK_BYTES)
+    num_chunks = -(-num_tokens // CHUNK_TOKENS)
     chunk = -(-num_tokens // num_chunks)
 
     def split(a):
