@@ -9,7 +9,7 @@ import os
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from herd_jax.errors import UserError
 
@@ -59,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"{len(devices)}: change mesh.tp, mesh.cp, mesh.pp or mesh.dp so that their product is {len(devices)}"
         )
     grid = np.array(devices).reshape(dp, config.pp, config.cp, config.tp)
-    return Mesh(grid.transpose(3, 2, 1, 0), AXES)
+    return Mesh(grid.transpose(3, 2, 1, 0), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fsdp_size(mesh: Mesh) -> int:

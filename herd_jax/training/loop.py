@@ -1,14 +1,17 @@
 """The training loop: restores, steps, logs, evaluates, saves. All side effects of a run start here."""
 
+import contextlib
 import dataclasses
 import math
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from herd_jax.config import differences, to_dict
+from herd_jax.config import to_dict
 from herd_jax.data.batches import TrainingBatches, validation_batches
 from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
 from herd_jax.errors import UserError
@@ -51,7 +54,7 @@ def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps) -> tupl
     """The newest readable state and the number of steps it has taken, else a fresh one."""
     saved = checkpointer.config()
     if saved is not None:
-        wrong = contradictions(differences(saved, to_dict(config)))
+        wrong = contradictions(saved, to_dict(config))
         if wrong:
             raise UserError(
                 f"the checkpoints in {config.workdir} were made with other values of {', '.join(wrong)}: "
@@ -73,6 +76,26 @@ def describe(config: RunConfig, steps: Steps, num_tokens: int, first_step: int) 
     )
 
 
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collects a Ctrl-C instead of raising it, which could strike after a step has taken the state and before it has given it back.
+
+    The second one raises.
+    """
+    seen: list[int] = []
+
+    def note(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @dataclasses.dataclass
 class _Run:
     config: RunConfig
@@ -92,8 +115,8 @@ class _Run:
         waited, since = 0.0, time.perf_counter()
         iterator = batches.iterate(first_step)
         step = saved = first_step
-        try:
-            while step < num_steps:
+        with interrupts() as interrupted:
+            while step < num_steps and not interrupted:
                 start = time.perf_counter()
                 batch = next(iterator).to_devices(self.steps.batch_sharding)
                 waited += time.perf_counter() - start
@@ -113,10 +136,12 @@ class _Run:
                     self.save(state, step, val_loss)
                     saved = step
                 pending, waited, since = [], 0.0, time.perf_counter()
-        except KeyboardInterrupt:
-            if step > saved and all(self.is_finite(pending)):
-                self.save(state, step, None)
-            raise UserError(f"interrupted after step {step}: the same command continues there") from None
+            if step < num_steps:
+                if pending:
+                    self.look(pending, step, since, waited)
+                if step > saved:
+                    self.save(state, step, None)
+                raise UserError(f"interrupted after step {step}: the same command continues there")
 
     def look(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
         """Waits for the steps since the last look; their metrics, or UserError where a loss was not finite."""

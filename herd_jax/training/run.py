@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from herd_jax.config import differences
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig
 from herd_jax.errors import UserError
@@ -106,8 +107,14 @@ class RunConfig:
 SETTLED = ("seed", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
 
 
-def contradictions(differing: list[str]) -> list[str]:
-    """Of the fields that differ between a checkpoint's config and a run's, those that a resume may not change."""
+def contradictions(saved: dict, config: dict) -> list[str]:
+    """The fields of a run's config (as `to_dict` has it) that contradict those that its checkpoint was made with."""
+
+    def without_micro_batches(config: dict) -> dict:  # their number changes no result
+        phases = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
+        return {**config, "train": {**config["train"], "phases": phases}}
+
+    differing = differences(without_micro_batches(saved), without_micro_batches(config))
     return [name for name in differing if any(name == settled or name.startswith(settled + ".") for settled in SETTLED)]
 
 
@@ -121,6 +128,8 @@ def build_steps(config: RunConfig, mesh: Mesh) -> Steps:
         config.train.attention, platform=platform, context_parallel=mesh.shape["cp"] > 1, document_mask=config.data.document_mask
     )
     dtype = ("float32" if platform == "cpu" else "bfloat16") if config.train.compute_dtype == "auto" else config.train.compute_dtype
+    if attention == "cudnn" and dtype == "float32":
+        raise UserError("train.attention 'cudnn' computes in bfloat16 only: set train.compute_dtype=bfloat16 or choose 'auto'")
     model = Llama.make(model_config, attention, config.train.remat)
     layout = Layout.make(mesh, model_config.num_layers)
     plan = StatePlan(model.declared, make_optimizer(config.optimizer, model.declared), layout)

@@ -24,7 +24,8 @@ def value_and_gradients(tp, vocab_size, scale=1.0):
         return value[None], collectives.all_reduce(dx_BTD, "tp"), dw_DV
 
     vocab = P(None, "tp")
-    return jax.jit(jax.shard_map(share, mesh=mesh, in_specs=(P(), vocab, P(), P()), out_specs=(P("tp"), P(), vocab), check_vma=False))
+    specs = {"in_specs": (P(), vocab, P(), P()), "out_specs": (P("tp"), P(), vocab)}
+    return jax.jit(jax.shard_map(share, mesh=mesh, **specs, check_vma=False))
 
 
 def plain(x_BTD, w_DV, target_BT, mask_BT, scale=1.0):
@@ -130,13 +131,14 @@ def test_bf16(tp):
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_logits_of_all_tokens_never_exist(with_gradient):
-    """8,192 tokens of the Llama 3 vocabulary: FP32 logits would take 4.2 GB; a few chunks and the weights' gradient is all there is."""
+    """8,192 tokens of the Llama 3 vocabulary: FP32 logits would take 4.2 GB; there are a few chunks and the weights' gradient."""
     num_tokens, dim, vocab_size = 8192, 16, 128_256
     function = value_and_gradients(1, vocab_size)
     if not with_gradient:
         mesh = make_mesh(MeshConfig(dp=1), jax.devices()[:1])
         loss = lambda *inputs: cross_entropy_sum(*inputs, vocab_size)
         function = jax.jit(jax.shard_map(loss, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(), check_vma=False))
-    shapes = [((1, num_tokens, dim), jnp.bfloat16), ((dim, vocab_size), jnp.bfloat16), ((1, num_tokens), jnp.int32), ((1, num_tokens), jnp.bool_)]
-    compiled = function.lower(*[jax.ShapeDtypeStruct(*shape) for shape in shapes]).compile()
+    shapes, dtypes = ((1, num_tokens, dim), (dim, vocab_size)), (jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.bool_)
+    shapes += ((1, num_tokens),) * 2
+    compiled = function.lower(*map(jax.ShapeDtypeStruct, shapes, dtypes)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < num_tokens * vocab_size * 4 / 2

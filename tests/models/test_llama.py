@@ -20,7 +20,7 @@ def test_gradient_of_a_norm_is_summed_in_float32():
     loss = lambda w, x: rms_norm(x, w, 1e-5).astype(jnp.float32).sum()
     gradient = jax.jit(jax.grad(loss))(jnp.ones(4, jnp.bfloat16), x)
     exact = jax.grad(loss)(jnp.ones(4, jnp.float32), x.astype(jnp.float32))
-    np.testing.assert_allclose(np.asarray(gradient, np.float32), exact, atol=0.05 * NUM_TOKENS**0.5)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), exact, atol=0.2)
 
 
 def test_norm_rounds_as_a_bfloat16_product_does():
