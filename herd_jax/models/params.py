@@ -152,7 +152,13 @@ class Layout:
         return jnp.pad(canonical, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), canonical.shape)])
 
     def canonical_sharding(self, declaration: Declaration) -> NamedSharding:
-        """A checkpoint's array is sharded as the stored one, except in dims that then no longer divide."""
-        sizes = {None: 1, "pp": self.mesh.shape["pp"], "tp": self.mesh.shape["tp"], FSDP_AXES: fsdp_size(self.mesh)}
-        spec = [axes if n % sizes[axes] == 0 else None for axes, n in zip(self.spec(declaration), declaration.canonical_shape)]
+        """A checkpoint's array is sharded as the stored one, except in dims that then no longer divide: layers that do not divide by pp
+        leave it to the dim that FSDP shards, so that no rank holds the layers of all."""
+        shape, spec, fsdp = declaration.canonical_shape, list(self.spec(declaration)), fsdp_size(self.mesh)
+        sizes = {None: 1, "pp": self.mesh.shape["pp"], "tp": self.mesh.shape["tp"], FSDP_AXES: fsdp}
+        for dim, axes in enumerate(spec):
+            if declaration.num_layers % sizes["pp"] and axes == FSDP_AXES and shape[dim] % (fsdp * sizes["pp"]) == 0:
+                spec[dim] = (*FSDP_AXES, "pp")
+            elif shape[dim] % sizes[axes]:
+                spec[dim] = None
         return NamedSharding(self.mesh, PartitionSpec(*spec))

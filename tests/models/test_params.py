@@ -149,3 +149,13 @@ def test_a_state_restored_on_a_mesh(mesh):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, restored), before)
     for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(plan.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_no_rank_holds_all_layers_of_a_canonical_state():
+    """5 layers do not divide by pp 4 or 2: the dim that FSDP shards takes pp too, where it divides."""
+    for mesh in ((1, 1, 4, 2), (2, 1, 2, 2), (1, 2, 2, 2)):
+        steps = tiny.make_steps(*mesh)
+        state = steps.plan.to_canonical(steps.plan.init(0))
+        for name in ("qkv", "out", "gate_up", "down"):
+            leaf = state.params["layers"][name]
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size, (mesh, name)
