@@ -66,8 +66,8 @@ def canonical_params(steps: Steps, seed: int = 0):
     return jax.tree.map(np.asarray, steps.plan.to_canonical(steps.plan.init(seed)).params)
 
 
-def plain_loss(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
-    """Mean loss of canonical parameters by the formulas of the architecture: no mesh, no chunks, materialised masks and logits."""
+def plain_logits(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
+    """Logits [rows, S, V] of canonical parameters by the formulas of the architecture: no mesh, no chunks, materialised masks."""
     c, layers = config, params["layers"]
     segment, index = rows["segment_ids"], np.arange(rows["tokens"].shape[1])
     mask = (segment[:, :, None] == segment[:, None, :]) & (index[:, None] >= index)
@@ -92,7 +92,12 @@ def plain_loss(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
         gate, up = jnp.moveaxis(jnp.einsum("btd,dcf->btcf", norm(x, w["ffn_norm"]), w["gate_up"]), 2, 0)
         x = x + (jax.nn.silu(gate) * up) @ w["down"]
     head = params["ends"]["head"]
-    logits = norm(x, head["norm"]) @ (params["ends"]["embed"]["table"].T if c.tie_embeddings else head["output"])
+    return norm(x, head["norm"]) @ (params["ends"]["embed"]["table"].T if c.tie_embeddings else head["output"])
+
+
+def plain_loss(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
+    """Mean loss of canonical parameters over the targets, from `plain_logits`."""
+    logits = plain_logits(params, rows, config)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), rows["targets"][..., None], -1)[..., 0]
     return jnp.where(rows["loss_mask"], losses, 0).sum() / rows["loss_mask"].sum()
 

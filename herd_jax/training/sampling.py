@@ -29,11 +29,13 @@ def sample(workdir: str, prompt: str, max_new_tokens: int, temperature: float, s
     saved = checkpointer.config()
     if saved is None:
         raise UserError(f"{workdir} has no checkpoint yet: train longer, or wait for the first one")
-    config = parse(RunConfig, {**saved, "mesh": {"tp": 1, "cp": 1, "pp": 1, "dp": 1}})
-    steps = build_steps(config, make_mesh(MeshConfig(dp=1), jax.devices()[:1]))
+    here = {"mesh": {"tp": 1, "cp": 1, "pp": 1, "dp": 1}, "train": {**saved["train"], "attention": "auto"}}  # not where it was trained
+    steps = build_steps(parse(RunConfig, {**saved, **here}), make_mesh(MeshConfig(dp=1), jax.devices()[:1]))
     params = steps.plan.from_canonical(checkpointer.restore(steps.plan.abstract_canonical()).state).params
     tokenizer = load_tokenizer(str(Path(workdir) / "tokenizer"))
     ids = tokenizer.encode(prompt, bos=True)
+    if not ids:
+        raise UserError("--prompt is empty and the tokenizer has no token to begin with: give a prompt of at least one character")
     new = sample_ids(steps, params, ids, max_new_tokens, temperature, seed, tokenizer.stop_ids)
     return tokenizer.decode(new)
 

@@ -76,7 +76,7 @@ class StatePlan:
         return self._map(abstract)
 
     def to_canonical(self, state: State) -> State:
-        """Layers in model order, nothing padded, no mesh in it. Leaf by leaf, so that one leaf is all that is held twice."""
+        """Layers in model order, nothing padded, no mesh in it. A new state beside the old one, but for leaves that lie so already."""
 
         def convert(declaration, value):
             if declaration is None or value.shape == declaration.canonical_shape and self.layout.is_model_order:
