@@ -12,6 +12,7 @@ from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.models.rope import RopeScaling, frequencies
 from herd_jax.parallel.context import zigzag_order
+from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
 from herd_jax.training.state import State, StatePlan
 from herd_jax.training.step import Steps
@@ -21,12 +22,13 @@ CONFIG = LlamaConfig(32, 5, 16, 8, 4, 48, vocab_size=61, rope_theta=1e4, rope_sc
 NUM_ROWS, SEQ_LEN = 16, 32
 
 
-def make_steps(tp=1, cp=1, pp=1, dp=1, config=CONFIG, attention="dense", remat="none", dtype=jnp.float32, gather="step", **optimizer) -> Steps:
+def make_steps(tp=1, cp=1, pp=1, dp=1, config=CONFIG, attention="dense", remat="none", dtype=jnp.float32, gather="step",
+               pipeline=PipelineConfig(), **optimizer) -> Steps:
     mesh = make_mesh(MeshConfig(tp, cp, pp, dp), jax.devices()[: tp * cp * pp * dp])
-    model, layout = Llama.make(config, attention, remat), Layout.make(mesh, config.num_layers)
+    model, layout = Llama.make(config, attention, remat), Layout.make(mesh, config.num_layers, pipeline.num_chunks)
     optimizer = OptimizerConfig(**{"warmup_steps": 0, "peak_learning_rate": 1e-2, **optimizer})
     plan = StatePlan(model.declared, make_optimizer(optimizer, model.declared), layout)
-    return Steps(model, layout, plan, optimizer, dtype, gather)
+    return Steps(model, layout, plan, optimizer, dtype, gather, pipeline)
 
 
 def make_rows(seed=0, num_rows=NUM_ROWS, seq_len=SEQ_LEN, vocab_size=CONFIG.vocab_size, max_documents=3) -> dict[str, np.ndarray]:

@@ -1,8 +1,11 @@
 """The pipeline executor: runs any schedule table as one device's share (section 3.3.2 of the paper). It knows no model.
 
-A tick is an operation (idle, forward or backward of one micro-batch through one stage) and an exchange with the neighbours in pp. Loops
-over layers take no round where the operation is another. tp, cp and dp collectives may happen inside an operation: their groups share
+A tick is an operation (part of a forward or a backward of one micro-batch through one stage) and an exchange with the neighbours in pp.
+Loops over layers take no round where the operation is another. tp, cp and dp collectives may happen inside an operation: their groups share
 a pp rank, hence an operation. On one stage there is nothing to schedule: each micro-batch runs forward and backward in turn.
+
+Where the schedule's latency is 2, a tick sends the results of the tick before and needs what arrives only at its end, so a backend with
+asynchronous communication (GPU, TPU) sends while it computes; on CPU devices an exchange waits for all ranks either way.
 """
 
 import dataclasses
@@ -14,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from herd_jax.parallel import collectives
-from herd_jax.parallel.schedule import BACKWARD, FORWARD, Schedule, Table, plan_buffers
+from herd_jax.parallel.schedule import Schedule
 from herd_jax.parallel.stage import LayerFunction, Layers, LayerVjp
+from herd_jax.parallel.table import COLUMNS, Table, lower
 
 PyTree = Any
 
@@ -65,18 +69,18 @@ def evaluate(program: Program, ends: dict, layers: PyTree, micro_batches: PyTree
 
     no_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(head, run.x_BTD, 0))
     if schedule.num_ranks == 1:
-        whole = lambda m: head(run.layers.apply(first(m), run.micro_batch(m), *run.span(0)), m)
+        whole = lambda m: head(run.layers.apply(first(m), run.micro_batch(m), 0, program.layers_per_stage[0]), m)
         return lax.fori_loop(0, schedule.num_micro_batches, lambda m, sums: jax.tree.map(jnp.add, sums, whole(m)), no_sums)
 
-    table = plan_buffers(schedule)
+    table = lower(schedule, program.layers_per_stage)
 
     def tick(carry, row):
         activations, sums = carry
-        do = dict(zip(Table.COLUMNS, row))
-        m, forward = do["micro_batch"], do["operation"] == FORWARD
-        x_BTD = when(forward & run.is_first(do["chunk"]), lambda _: first(m), activations[do["activation"]])
-        y_BTD = run.layers.apply(x_BTD, run.micro_batch(m), *run.span(do["chunk"], forward))
-        sums = when(forward & run.is_last(do["chunk"]), lambda sums: jax.tree.map(jnp.add, sums, head(y_BTD, m)), sums)
+        do = dict(zip(COLUMNS, row))
+        m = do["micro_batch"]
+        x_BTD = when(do["embed"], lambda _: first(m), activations[do["activation"]])
+        y_BTD = run.layers.apply(x_BTD, run.micro_batch(m), do["layer_slot"], do["forward_count"])
+        sums = when(do["head"], lambda sums: jax.tree.map(jnp.add, sums, head(y_BTD, m)), sums)
         activations = _receive(activations, do["arriving_activation"], collectives.shift(y_BTD, "pp", 1))
         return (activations, sums), None
 
@@ -117,61 +121,77 @@ def value_and_gradient(
     d_ends, d_layers = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (ends, layers))
 
     if schedule.num_ranks == 1:
+        num_layers = program.layers_per_stage[0]
 
         def whole(m, carry):
             store, d_ends, d_layers, sums = carry
-            y_BTD, store = run.layers.forward(store, 0, first(m), run.micro_batch(m), *run.span(0))
+            y_BTD, store = run.layers.forward(store, 0, first(m), run.micro_batch(m), 0, num_layers)
             dy_BTD, d_ends, sums = head(m, (y_BTD, d_ends, sums))
-            dx_BTD, d_layers = run.layers.backward(store, 0, dy_BTD, run.micro_batch(m), *run.span(0), d_layers)
+            dx_BTD, d_layers = run.layers.backward(store, 0, dy_BTD, run.micro_batch(m), 0, 0, num_layers, d_layers)
             return store, embed_backward(m, dx_BTD, d_ends), d_layers, sums
 
-        carry = (run.layers.empty_store(1, run.slots), d_ends, d_layers, no_sums)
+        carry = (run.layers.empty_store(1, program.layer_slots()), d_ends, d_layers, no_sums)
         _, d_ends, d_layers, sums = lax.fori_loop(0, schedule.num_micro_batches, whole, carry)
         return sums, d_ends, d_layers
 
-    table = plan_buffers(schedule)
+    table = lower(schedule, program.layers_per_stage)
 
     def tick(carry, row):
-        activations, cotangents, store, d_ends, d_layers, sums = carry
-        do = dict(zip(Table.COLUMNS, row))
-        m, chunk, residual = do["micro_batch"], do["chunk"], do["residual"]
-        forward, backward = do["operation"] == FORWARD, do["operation"] == BACKWARD
-        is_first, is_last, micro_batch = run.is_first(chunk), run.is_last(chunk), run.micro_batch(m)
+        activations, cotangents, store, kept, result_BTD, d_ends, d_layers, sums = carry
+        do = dict(zip(COLUMNS, row))
+        m, at, residual = do["micro_batch"], do["layer_slot"], do["residual"]
+        micro_batch = run.micro_batch(m)
+        if schedule.latency == 2:
+            arriving = exchange_with_neighbours(result_BTD)
 
-        x_BTD = when(forward & is_first, lambda _: first(m), activations[do["activation"]])
-        y_BTD, store = run.layers.forward(store, residual, x_BTD, micro_batch, *run.span(chunk, forward))
-        cotangents = _receive(cotangents, jnp.where(forward & is_last, do["cotangent"], -1), y_BTD)
+        x_BTD = when(do["embed"], lambda _: first(m), activations[do["activation"]])
+        y_BTD, store = run.layers.forward(store, residual, x_BTD, micro_batch, at, do["forward_count"])
 
-        carry = (cotangents[do["cotangent"]], d_ends, sums)
-        dy_BTD, d_ends, sums = when(backward & is_last, lambda carry: head(m, carry), carry)
-        dx_BTD, d_layers = run.layers.backward(store, residual, dy_BTD, micro_batch, *run.span(chunk, backward), d_layers)
-        d_ends = when(backward & is_first, lambda d_ends: embed_backward(m, dx_BTD, d_ends), d_ends)
+        dy_BTD, d_ends, sums = when(do["head"], lambda carry: head(m, carry), (cotangents[do["cotangent"]], d_ends, sums))
+        if table.splits_backward:
+            split = (store, residual, kept, do["kept"])
+            span = (micro_batch, at, do["weight_first"], do["weight_count"])
+            d_layers = run.layers.backward_weight(*split, run.x_BTD, *span, d_layers)
+        dy_BTD, d_layers = run.layers.backward(store, residual, dy_BTD, micro_batch, at, do["full_first"], do["full_count"], d_layers)
+        if table.splits_backward:
+            dy_BTD, kept = run.layers.backward_input(*split, dy_BTD, micro_batch, at, do["input_first"], do["input_count"])
+        d_ends = when(do["embed_backward"], lambda d_ends: embed_backward(m, dy_BTD, d_ends), d_ends)
 
-        activations = _receive(activations, do["arriving_activation"], collectives.shift(y_BTD, "pp", 1))
-        cotangents = _receive(cotangents, do["arriving_cotangent"], collectives.shift(dx_BTD, "pp", -1))
-        return (activations, cotangents, store, d_ends, d_layers, sums), None
+        result_BTD = jnp.where(do["forward"] == 1, y_BTD, dy_BTD)
+        cotangents = _receive(cotangents, do["result"], result_BTD)
+        if schedule.latency == 1:
+            arriving = exchange_with_neighbours(result_BTD)
+        activations = _receive(activations, do["arriving_activation"], arriving[0])
+        cotangents = _receive(cotangents, do["arriving_cotangent"], arriving[1])
+        return (activations, cotangents, store, kept, result_BTD, d_ends, d_layers, sums), None
 
-    start = (run.buffer(table.num_activation_slots), run.buffer(table.num_cotangent_slots),
-             run.layers.empty_store(table.num_residual_slots, run.slots), d_ends, d_layers, no_sums)  # fmt: skip
-    (_, _, _, d_ends, d_layers, sums), _ = lax.scan(tick, start, _my_rows(table))
+    start = (
+        run.buffer(table.num_activation_slots),
+        run.buffer(table.num_cotangent_slots),
+        run.layers.empty_store(table.num_residual_slots, program.layer_slots()),
+        run.layers.empty_kept(table.num_kept_slots, table.most_kept_layers, run.x_BTD, jax.eval_shape(run.micro_batch, 0)),
+        run.x_BTD, d_ends, d_layers, no_sums,
+    )  # fmt: skip
+    (*_, d_ends, d_layers, sums), _ = lax.scan(tick, start, _my_rows(table))
     return collectives.all_reduce(sums, "pp"), d_ends, d_layers
 
 
+def exchange_with_neighbours(result_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the rank before and the next rank have sent: an activation and a cotangent, where they are that."""
+    return collectives.shift(result_BTD, "pp", 1), collectives.shift(result_BTD, "pp", -1)
+
+
 def when(condition: jax.Array, body, carry):
-    """`body(carry)` if `condition`, else `carry`: a loop of one round or none, whose carry XLA updates in place. What passes through a
+    """`body(carry)` if `condition` is 1, else `carry`: a loop of one round or none, whose carry XLA updates in place. What passes through a
     conditional untouched is copied, which would double the residual store."""
-    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: body(carry), carry)
+    return lax.fori_loop(0, condition, lambda _, carry: body(carry), carry)
 
 
 class _Run:
-    """What both executors need of one call: the rank's layers, its place in the pipeline, the shape of an activation."""
+    """What both executors need of one call: the rank's layers, the micro-batches, the shape of an activation."""
 
     def __init__(self, program: Program, ends, layers, micro_batches, exchange: Exchange, keep_residuals: bool):
-        self.ends, self.exchange = ends, exchange
-        self.num_ranks = collectives.axis_size("pp")
-        self.num_chunks = len(program.layers_per_stage) // self.num_ranks
-        self.slots = program.layer_slots()
-        self.program, self.micro_batches = program, micro_batches
+        self.ends, self.exchange, self.micro_batches = ends, exchange, micro_batches
         x = jax.eval_shape(lambda: program.embed(self.fetch(program.embed_keys), self.micro_batch(0)))
         self.x_BTD = jnp.zeros(x.shape, x.dtype)
         one_layer = jax.eval_shape(lambda: exchange.fetch_layer(jax.tree.map(lambda w: w[0], layers)))
@@ -185,25 +205,12 @@ class _Run:
     def micro_batch(self, m):
         return jax.tree.map(lambda a: a[m], self.micro_batches)
 
-    def span(self, chunk, condition: jax.Array | bool = True):
-        """(first layer slot, number of layers) of a chunk on this rank; no layers where `condition` does not hold."""
-        if condition is True:  # one stage: a plain number, so that the loop's length is known
-            return chunk * self.slots, self.program.layers_per_stage[chunk]
-        counts = jnp.asarray(self.program.layers_per_stage).reshape(self.num_chunks, self.num_ranks)
-        return chunk * self.slots, jnp.where(condition, counts[chunk, lax.axis_index("pp")], 0)
-
-    def is_first(self, chunk):
-        return (lax.axis_index("pp") == 0) & (chunk == 0)
-
-    def is_last(self, chunk):
-        return (lax.axis_index("pp") == self.num_ranks - 1) & (chunk == self.num_chunks - 1)
-
     def buffer(self, num_slots: int):
         return jnp.zeros((max(num_slots, 1), *self.x_BTD.shape), self.x_BTD.dtype)
 
 
 def _my_rows(table: Table):
-    return jnp.asarray(table.rows())[:, lax.axis_index("pp")]
+    return jnp.asarray(table.rows)[:, lax.axis_index("pp")]
 
 
 def _receive(buffer, slot, value):

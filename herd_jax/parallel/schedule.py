@@ -1,24 +1,30 @@
-"""Pipeline schedules as data: which rank does what at which tick, and where each value waits (section 3.3.2 of the paper).
+"""Pipeline schedules as data: which rank does what at which tick (section 3.3.2 of the paper). Nothing here knows jax.
 
-A builder makes a `Schedule`; `plan_buffers` adds to it the slots in which activations wait, so that an executor
-(`parallel/pipeline.py`) needs no bookkeeping of its own. Nothing here knows jax.
-
-The model is cut in PP * V stages; stage s is chunk s // PP of rank s % PP. A result sent at the end of one tick can be used at the next.
+The model is cut in PP * V stages; stage s is chunk s // PP of rank s % PP. A tick is the time of one forward. A backward takes two: either
+whole, the upper and then the lower half of the stage's layers, or split, the gradient of the inputs at once and that of the weights when
+there is time. So ranks that wait for each other at every tick wait for nothing where those three are equally long.
 """
 
 import dataclasses
 
 import numpy as np
 
-IDLE, FORWARD, BACKWARD = 0, 1, 2
+from herd_jax.errors import UserError
+
+IDLE, FORWARD, BACKWARD_UPPER, BACKWARD_LOWER, BACKWARD_INPUT, BACKWARD_WEIGHT = range(6)
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Operation, micro-batch and chunk of each rank at each tick: int arrays [num_ticks, num_ranks]."""
+    """Operation, micro-batch and chunk of each rank at each tick: int arrays [num_ticks, num_ranks].
+
+    A result sent at a tick's end can be used `latency` ticks later: 1, or 2 where messages travel during the tick that follows.
+    """
 
     num_chunks: int
     num_micro_batches: int
+    latency: int
     operation: np.ndarray
     micro_batch: np.ndarray
     chunk: np.ndarray
@@ -29,9 +35,72 @@ class Schedule:
 
     @property
     def bubble_fraction(self) -> float:
-        """Idle ticks over busy ticks of a rank, forward and backward counted as equally long."""
+        """Idle ticks over busy ticks of a rank: (PP - 1) / (V * M) for 1F1B and its interleaved form."""
         busy = np.count_nonzero(self.operation) / self.num_ranks
         return (len(self.operation) - busy) / busy
+
+    @property
+    def peak_in_flight(self) -> np.ndarray:
+        """Micro-batches of one chunk whose activations each rank holds at most: int [num_ranks]."""
+        begun = np.cumsum(self.operation == FORWARD, axis=0)
+        ended = np.cumsum(np.isin(self.operation, (BACKWARD_LOWER, BACKWARD_WEIGHT)), axis=0)
+        return np.max(begun - np.vstack([np.zeros_like(ended[:1]), ended[:-1]]), axis=0)
+
+    def stage(self, tick: int, rank: int) -> int:
+        return int(self.chunk[tick, rank]) * self.num_ranks + rank
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """`num_chunks` stages on each rank, interleaved; `contiguous_micro_batches` of one chunk run in a row (0: as many as there are ranks,
+    twice as many where messages overlap): PP is depth-first, all of them breadth-first. `overlap` gives messages one tick to travel."""
+
+    schedule: str = "1f1b"  # gpipe | 1f1b | interleaved | zero_bubble
+    num_chunks: int = 1
+    contiguous_micro_batches: int = 0
+    overlap: bool = False
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"pipeline.schedule is '{self.schedule}': it must be one of {', '.join(SCHEDULES)}")
+        if self.num_chunks < 1:
+            raise UserError(f"pipeline.num_chunks is {self.num_chunks}: it must be 1 or more")
+        if self.contiguous_micro_batches < 0:
+            raise UserError(f"pipeline.contiguous_micro_batches is {self.contiguous_micro_batches}: it must be 1 or more, or 0 to have it chosen")
+        if self.num_chunks > 1 and self.schedule in ("gpipe", "1f1b"):
+            raise UserError(
+                f"pipeline.schedule '{self.schedule}' runs one chunk on each rank and pipeline.num_chunks is {self.num_chunks}: "
+                "choose 'interleaved' or 'zero_bubble', or 1 chunk"
+            )
+        if self.num_chunks == 1 and self.schedule == "interleaved":
+            raise UserError("pipeline.schedule 'interleaved' needs pipeline.num_chunks of 2 or more: set it, or choose '1f1b'")
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raises UserError where the schedule cannot be on so many ranks."""
+        if num_ranks == 1 and self.num_chunks > 1:
+            raise UserError(f"pipeline.num_chunks is {self.num_chunks} and there is one pipeline rank to hold them: set mesh.pp to 2 or more")
+
+    def build(self, num_ranks: int, num_micro_batches: int) -> Schedule:
+        """The schedule of a training step. Raises UserError where it cannot be."""
+        self.check_ranks(num_ranks)
+        if num_ranks < 1 or num_micro_batches < 1:
+            raise UserError(f"a pipeline of {num_ranks} ranks and {num_micro_batches} micro-batches cannot be: both must be 1 or more")
+        latency = 2 if self.overlap else 1
+        contiguous = self.contiguous_micro_batches or latency * num_ranks
+        groups = _groups(num_micro_batches, contiguous)
+        forwards, backwards = _forward_order(groups, self.num_chunks), _backward_order(groups, self.num_chunks)
+        ahead = [_forwards_ahead(groups, rank, num_ranks, self.num_chunks, latency) for rank in range(num_ranks)]
+        if self.schedule == "gpipe":
+            ahead = [num_micro_batches] * num_ranks
+        split = self.schedule == "zero_bubble"
+        orders = [_alternate(forwards, backwards, n, BACKWARD_INPUT if split else BACKWARD_UPPER) for n in ahead]
+        return _place(orders, num_ranks, self.num_chunks, num_micro_batches, latency, most_held=ahead[0] + 1 if split else None)
+
+    def build_evaluation(self, num_ranks: int, num_micro_batches: int) -> Schedule:
+        """Forwards only, in the order of the training step."""
+        groups = _groups(num_micro_batches, self.contiguous_micro_batches or num_ranks)
+        order = [(FORWARD, *item) for item in _forward_order(groups, self.num_chunks)]
+        return _place([order] * num_ranks, num_ranks, self.num_chunks, num_micro_batches, latency=1)
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -51,117 +120,86 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist())]
 
 
-def one_forward_one_backward(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """1F1B: a rank holds at most (num_ranks - rank) micro-batches in flight, and prefers a backward that is ready."""
-    done = {FORWARD: np.full((num_ranks, num_micro_batches), -1), BACKWARD: np.full((num_ranks, num_micro_batches), -1)}
-    count = {FORWARD: [0] * num_ranks, BACKWARD: [0] * num_ranks}
-    rows, tick = [], 0
-    while min(count[BACKWARD]) < num_micro_batches:
-        row = []
-        for rank in range(num_ranks):
-            forward, backward = count[FORWARD][rank], count[BACKWARD][rank]
-            before = done[BACKWARD][rank + 1] if rank + 1 < num_ranks else done[FORWARD][rank]
-            if backward < forward and 0 <= before[backward] < tick:
-                row.append((BACKWARD, backward))
-            elif forward < min(num_micro_batches, backward + num_ranks - rank) and (
-                rank == 0 or 0 <= done[FORWARD][rank - 1][forward] < tick
-            ):
-                row.append((FORWARD, forward))
-            else:
-                row.append((IDLE, 0))
-        for rank, (operation, micro_batch) in enumerate(row):
-            if operation != IDLE:
-                done[operation][rank, micro_batch] = tick
-                count[operation][rank] += 1
-        rows.append(row)
-        tick += 1
-    operation, micro_batch = np.moveaxis(np.array(rows, np.int32), 2, 0)
-    return Schedule(1, num_micro_batches, operation, micro_batch, np.zeros_like(operation))
+def _groups(num_micro_batches: int, contiguous: int) -> list[range]:
+    """Micro-batches that a chunk runs in a row: as few groups of at most `contiguous` as there can be, as equal as they can be."""
+    count = -(-num_micro_batches // contiguous)
+    edges = [num_micro_batches * i // count for i in range(count + 1)]
+    return [range(start, stop) for start, stop in zip(edges[:-1], edges[1:])]
 
 
-def forward_only(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Each rank runs the micro-batches in order, one tick behind the rank before it: for evaluation."""
-    tick, rank = np.indices((num_micro_batches + num_ranks - 1, num_ranks), dtype=np.int32)
-    micro_batch = tick - rank
-    valid = (micro_batch >= 0) & (micro_batch < num_micro_batches)
-    operation = np.where(valid, FORWARD, IDLE).astype(np.int32)
-    return Schedule(1, num_micro_batches, operation, np.where(valid, micro_batch, 0), np.zeros_like(operation))
+def _forward_order(groups: list[range], num_chunks: int) -> list[tuple[int, int]]:
+    """(micro-batch, chunk), the same on every rank."""
+    return [(m, chunk) for group in groups for chunk in range(num_chunks) for m in group]
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """What each rank does and where it reads and writes: int arrays [num_ticks, num_ranks], -1 where there is nothing.
+def _backward_order(groups: list[range], num_chunks: int) -> list[tuple[int, int]]:
+    return [(m, chunk) for group in groups for chunk in reversed(range(num_chunks)) for m in group]
 
-    `residual`: slot of the residuals that a forward writes and the matching backward reads.
-    `activation`: slot from which a forward reads its input; `arriving_activation`: slot for what comes from the rank before at the tick's end.
-    `cotangent`: slot from which a backward reads, and to which the forward of the last stage writes the activation that its head
-    will turn into a cotangent; `arriving_cotangent`: slot for what comes from the next rank at the tick's end.
+
+def _forwards_ahead(groups: list[range], rank: int, num_ranks: int, num_chunks: int, latency: int) -> int:
+    """How many forwards a rank does before it alternates: those of the chunks before the last one, and one for each rank that the first
+    micro-batch has still to visit. With fewer micro-batches in a row than half of those ranks, more would wait for each other in a circle."""
+    sizes = [len(group) for group in groups]
+    to_visit = latency * (num_ranks - 1 - rank)
+    return (num_chunks - 1) * max(sizes) + (min(to_visit, 2 * min(sizes)) if num_chunks > 1 else to_visit)
+
+
+def _alternate(forwards, backwards, ahead: int, backward: int) -> list[tuple[int, int, int]]:
+    """`ahead` forwards, then a forward and a backward in turn, then the backwards that are left: (operation, micro-batch, chunk)."""
+    order = [(FORWARD, *item) for item in forwards[:ahead]]
+    for i, item in enumerate(backwards):
+        order += [(FORWARD, *item) for item in forwards[ahead + i : ahead + i + 1]]
+        order.append((backward, *item))
+    return order
+
+
+def _place(orders, num_ranks: int, num_chunks: int, num_micro_batches: int, latency: int, most_held: int | None = None) -> Schedule:
+    """Gives each operation the first tick at which what it needs is there, keeping each rank's order.
+
+    Where backwards are split, a rank that would wait does a gradient of the weights that is left over. So it does before a forward that
+    would make it hold more than `most_held` micro-batches, and when more are left over than it can use to fill its wait at the end.
     """
+    last_stage, never = num_ranks * num_chunks - 1, 1 << 40
+    sent = {FORWARD: {}, BACKWARD_LOWER: {}}  # (stage, micro-batch) -> tick at which the result is known
+    position, held = [0] * num_ranks, [0] * num_ranks
+    begun: list = [None] * num_ranks  # the backward whose upper half was done in the tick before
+    left: list[list] = [[] for _ in range(num_ranks)]  # gradients of weights still to be done
 
-    operation: np.ndarray
-    micro_batch: np.ndarray
-    chunk: np.ndarray
-    residual: np.ndarray
-    activation: np.ndarray
-    arriving_activation: np.ndarray
-    cotangent: np.ndarray
-    arriving_cotangent: np.ndarray
-    num_residual_slots: int
-    num_activation_slots: int
-    num_cotangent_slots: int
+    def is_ready(operation, micro_batch, chunk, rank, tick) -> bool:
+        stage = chunk * num_ranks + rank
+        if operation == FORWARD:
+            room = most_held is None or held[rank] < most_held
+            return room and (stage == 0 or sent[FORWARD].get((stage - 1, micro_batch), never) + latency <= tick)
+        if stage == last_stage:
+            return sent[FORWARD].get((stage, micro_batch), never) < tick
+        return sent[BACKWARD_LOWER].get((stage + 1, micro_batch), never) + latency <= tick
 
-    COLUMNS = ("operation", "micro_batch", "chunk", "residual", "activation", "arriving_activation", "cotangent", "arriving_cotangent")
+    def choose(rank, tick):
+        if begun[rank]:
+            return (BACKWARD_LOWER, *begun[rank])
+        waits = position[rank] == len(orders[rank]) or len(left[rank]) > latency * rank
+        if not waits and is_ready(*orders[rank][position[rank]], rank, tick):
+            return orders[rank][position[rank]]
+        return (BACKWARD_WEIGHT, *left[rank][0]) if left[rank] else (IDLE, 0, 0)
 
-    def rows(self) -> np.ndarray:
-        """The columns stacked: int32 [num_ticks, num_ranks, len(COLUMNS)]."""
-        return np.stack([getattr(self, column) for column in self.COLUMNS], axis=-1).astype(np.int32)
-
-
-def plan_buffers(schedule: Schedule) -> Table:
-    """Gives each waiting value a slot, reused as soon as the value is consumed, so buffers hold what is in flight and no more."""
-    num_ticks, num_ranks = schedule.operation.shape
-    last_stage = num_ranks * schedule.num_chunks - 1
-    when = {}  # (operation, stage, micro-batch) -> tick
-    for tick, rank in np.argwhere(schedule.operation != IDLE):
-        stage = int(schedule.chunk[tick, rank]) * num_ranks + int(rank)
-        when[int(schedule.operation[tick, rank]), stage, int(schedule.micro_batch[tick, rank])] = int(tick)
-    columns = {name: np.full((num_ticks, num_ranks), -1, np.int32) for name in Table.COLUMNS[3:]}
-    residuals, activations, cotangents = [], [], []  # per rank: (written at tick, last read at tick, [(column, tick), ...])
-    for rank in range(num_ranks):
-        mine = [(stage, micro_batch) for (op, stage, micro_batch) in when if op == FORWARD and stage % num_ranks == rank]
-        keep, inputs, outputs = [], [], []
-        for stage, micro_batch in mine:
-            forward, backward = when[FORWARD, stage, micro_batch], when.get((BACKWARD, stage, micro_batch))
-            if stage > 0:
-                sent = when[FORWARD, stage - 1, micro_batch]
-                assert sent < forward, f"stage {stage} reads micro-batch {micro_batch} before stage {stage - 1} has sent it"
-                inputs.append((sent, forward, [("arriving_activation", sent), ("activation", forward)]))
-            if backward is None:
-                continue
-            keep.append((forward, backward, [("residual", forward), ("residual", backward)]))
-            if stage == last_stage:
-                assert forward < backward
-                outputs.append((forward, backward, [("cotangent", forward), ("cotangent", backward)]))
-            else:
-                sent = when[BACKWARD, stage + 1, micro_batch]
-                assert sent < backward, f"stage {stage} reads the cotangent of micro-batch {micro_batch} before it is sent"
-                outputs.append((sent, backward, [("arriving_cotangent", sent), ("cotangent", backward)]))
-        for intervals, sizes in ((keep, residuals), (inputs, activations), (outputs, cotangents)):
-            sizes.append(_assign_slots(intervals, columns, rank))
-    return Table(schedule.operation, schedule.micro_batch, schedule.chunk, **columns,
-                 num_residual_slots=max(residuals), num_activation_slots=max(activations), num_cotangent_slots=max(cotangents))  # fmt: skip
-
-
-def _assign_slots(intervals, columns, rank: int) -> int:
-    """Greedy colouring of intervals: fills in the slots' columns, returns how many slots it took.
-
-    A slot read in a tick may be written at that tick's end by what arrives, but a forward writes during the tick: since a rank does one
-    operation a tick, no value is written by an operation of the tick in which another is read.
-    """
-    free_from = []  # per slot: the tick at whose end it is free again
-    for written, read, entries in sorted(intervals, key=lambda interval: interval[:2]):
-        slot = next((slot for slot, tick in enumerate(free_from) if tick <= written), len(free_from))
-        free_from[slot : slot + 1] = [read]
-        for column, tick in entries:
-            columns[column][tick, rank] = slot
-    return len(free_from)
+    rows = []
+    while any(position[rank] < len(orders[rank]) or begun[rank] or left[rank] for rank in range(num_ranks)):
+        tick = len(rows)
+        rows.append([choose(rank, tick) for rank in range(num_ranks)])
+        stuck = tick >= latency and not any(operation for row in rows[-latency - 1 :] for operation, *_ in row)
+        assert not stuck, f"the ranks wait for each other at tick {tick}"
+        for rank, (operation, micro_batch, chunk) in enumerate(rows[-1]):
+            key = (chunk * num_ranks + rank, micro_batch)
+            position[rank] += operation in (FORWARD, BACKWARD_UPPER, BACKWARD_INPUT)
+            begun[rank] = (micro_batch, chunk) if operation == BACKWARD_UPPER else None
+            held[rank] += (operation == FORWARD) - (operation in (BACKWARD_LOWER, BACKWARD_WEIGHT))
+            if operation == FORWARD:
+                sent[FORWARD][key] = tick
+            elif operation in (BACKWARD_LOWER, BACKWARD_INPUT):
+                sent[BACKWARD_LOWER][key] = tick
+            if operation == BACKWARD_INPUT:
+                left[rank].append((micro_batch, chunk))
+            elif operation == BACKWARD_WEIGHT:
+                left[rank].pop(0)
+    operation, micro_batch, chunk = np.moveaxis(np.array(rows, np.int32), 2, 0)
+    return Schedule(num_chunks, num_micro_batches, latency, operation, micro_batch, chunk)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from herd_jax.parallel.split_backward import SplitBackward
+
 PyTree = Any
 LayerFunction = Callable[[PyTree, jax.Array, PyTree], jax.Array]  # (weights, x_BTD, micro-batch) -> x_BTD
 
@@ -64,6 +66,10 @@ class LayerVjp:
         leaves = [(known if kind == "known" else residuals)[index] for kind, index in self.sources]
         return jax.tree.unflatten(self.tree, leaves)(dy_BTD)
 
+    def split(self, weights: PyTree, residuals: list[jax.Array], micro_batch: PyTree, dy_BTD: jax.Array) -> SplitBackward:
+        """`backward` in two parts; `dy_BTD` may be a shape."""
+        return SplitBackward(lambda known, dy_BTD: self.backward(*known, dy_BTD), (weights, residuals, micro_batch), dy_BTD)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
@@ -81,31 +87,71 @@ class Layers:
         """Slots for the residuals of `num_slots` micro-batches: leaves [num_slots, num_layers, ...]."""
         return [jnp.zeros((num_slots, num_layers, *leaf.shape), leaf.dtype) for leaf in self.vjp.stored]
 
-    def apply(self, x_BTD, micro_batch, first, count) -> jax.Array:
-        """Layers first .. first + count - 1, no residuals kept."""
-        return loop(count, lambda i, x: self.vjp.layer(self.weights_of(first + i), x, micro_batch), x_BTD)
+    def empty_kept(self, num_slots: int, num_layers: int, x_BTD, micro_batch) -> list[jax.Array]:
+        """Slots for the cotangents kept between the two parts of a backward: leaves [num_slots, num_layers, ...]; none without slots."""
+        if num_slots == 0:
+            return []
+        weights = jax.eval_shape(lambda: self.weights_of(0))
+        shapes = {}
 
-    def forward(self, store, slot, x_BTD, micro_batch, first, count) -> tuple[jax.Array, list[jax.Array]]:
+        def probe(weights, residuals, micro_batch, x_BTD):
+            shapes["kept"] = self.vjp.split(weights, residuals, micro_batch, x_BTD).kept_shapes
+            return x_BTD
+
+        jax.eval_shape(probe, weights, list(self.vjp.stored), micro_batch, x_BTD)
+        return [jnp.zeros((num_slots, num_layers, *leaf.shape), leaf.dtype) for leaf in shapes["kept"]]
+
+    def apply(self, x_BTD, micro_batch, at, count) -> jax.Array:
+        """The layers in `count` slots from `at`, no residuals kept."""
+        return loop(count, lambda i, x: self.vjp.layer(self.weights_of(at + i), x, micro_batch), x_BTD)
+
+    def forward(self, store, slot, x_BTD, micro_batch, at, count) -> tuple[jax.Array, list[jax.Array]]:
         """As `apply`, with the residuals written to `slot` of `store`."""
 
         def body(i, carry):
             x_BTD, store = carry
-            x_BTD, residuals = self.vjp.forward(self.weights_of(first + i), x_BTD, micro_batch)
+            x_BTD, residuals = self.vjp.forward(self.weights_of(at + i), x_BTD, micro_batch)
             return x_BTD, [slots.at[slot, i].set(residual) for slots, residual in zip(store, residuals, strict=True)]
 
         return loop(count, body, (x_BTD, store))
 
-    def backward(self, store, slot, dy_BTD, micro_batch, first, count, gradients) -> tuple[jax.Array, PyTree]:
-        """Cotangent of the first layer's input, and `gradients` (FP32, shaped as `weights`) with these layers' added."""
+    def backward(self, store, slot, dy_BTD, micro_batch, at, first, count, gradients) -> tuple[jax.Array, PyTree]:
+        """Layers first + count - 1 .. first of the chunk whose slots begin at `at`: the cotangent of the first one's input, and `gradients`
+        (FP32, shaped as `weights`) with these layers' added."""
 
         def body(i, carry):
             dy_BTD, gradients = carry
-            i = count - 1 - i
-            dw, dx_BTD = self.vjp.backward(self.weights_of(first + i), [slots[slot, i] for slots in store], micro_batch, dy_BTD)
-            add = lambda total, dw: total.at[first + i].add(dw.astype(total.dtype))
-            return dx_BTD, jax.tree.map(add, gradients, self.finish(dw))
+            i = first + count - 1 - i
+            dw, dx_BTD = self.vjp.backward(self.weights_of(at + i), [slots[slot, i] for slots in store], micro_batch, dy_BTD)
+            return dx_BTD, self._add(gradients, at + i, dw)
 
         return loop(count, body, (dy_BTD, gradients))
+
+    def backward_input(self, store, slot, kept, kept_slot, dy_BTD, micro_batch, at, first, count) -> tuple[jax.Array, list[jax.Array]]:
+        """As `backward`, without the gradients: what they need is written to `kept_slot` of `kept`."""
+
+        def body(i, carry):
+            dy_BTD, kept = carry
+            i = count - 1 - i
+            residuals = [slots[slot, first + i] for slots in store]
+            split = self.vjp.split(self.weights_of(at + first + i), residuals, micro_batch, dy_BTD)
+            dx_BTD, values = split.input_part(dy_BTD)
+            return dx_BTD, [slots.at[kept_slot, i].set(value) for slots, value in zip(kept, values, strict=True)]
+
+        return loop(count, body, (dy_BTD, kept))
+
+    def backward_weight(self, store, slot, kept, kept_slot, x_BTD, micro_batch, at, first, count, gradients) -> PyTree:
+        """`gradients` with those of the layers that `backward_input` left out added; of `x_BTD` only the shape counts."""
+
+        def body(i, gradients):
+            residuals = [slots[slot, first + i] for slots in store]
+            split = self.vjp.split(self.weights_of(at + first + i), residuals, micro_batch, x_BTD)
+            return self._add(gradients, at + first + i, split.weight_part([slots[kept_slot, i] for slots in kept]))
+
+        return loop(count, body, gradients)
+
+    def _add(self, gradients, index, dw) -> PyTree:
+        return jax.tree.map(lambda total, dw: total.at[index].add(dw.astype(total.dtype)), gradients, self.finish(dw))
 
 
 def loop(count, body, carry):

@@ -14,6 +14,7 @@ from herd_jax.models.attention import choose
 from herd_jax.models.config import LlamaConfig, ModelConfig
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
+from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training.checkpoint import CheckpointConfig
 from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
 from herd_jax.training.state import StatePlan
@@ -90,6 +91,7 @@ class RunConfig:
     seed: int = 0
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -122,6 +124,7 @@ def build_steps(config: RunConfig, mesh: Mesh) -> Steps:
     """The model, its state and steps on a mesh. Raises UserError for a combination that cannot work."""
     model_config = config.model.resolve()
     model_config.check_mesh(mesh)
+    config.pipeline.check_ranks(mesh.shape["pp"])
     check_batches(config.train.ramp, mesh)
     platform = mesh.devices.flat[0].platform
     attention = choose(
@@ -131,9 +134,9 @@ def build_steps(config: RunConfig, mesh: Mesh) -> Steps:
     if attention == "cudnn" and dtype == "float32":
         raise UserError("train.attention 'cudnn' computes in bfloat16 only: set train.compute_dtype=bfloat16 or choose 'auto'")
     model = Llama.make(model_config, attention, config.train.remat)
-    layout = Layout.make(mesh, model_config.num_layers)
+    layout = Layout.make(mesh, model_config.num_layers, config.pipeline.num_chunks)
     plan = StatePlan(model.declared, make_optimizer(config.optimizer, model.declared), layout)
-    return Steps(model, layout, plan, config.optimizer, COMPUTE_DTYPES[dtype], config.train.gather)
+    return Steps(model, layout, plan, config.optimizer, COMPUTE_DTYPES[dtype], config.train.gather, config.pipeline)
 
 
 def check_batches(ramp: Ramp, mesh: Mesh) -> None:

@@ -11,7 +11,7 @@ from herd_jax.config import parse
 from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.parallel import pipeline
-from herd_jax.parallel.schedule import forward_only
+from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.text.tokenizer import load_tokenizer
 from herd_jax.training import objectives
 from herd_jax.training.checkpoint import Checkpointer
@@ -29,7 +29,7 @@ def sample(workdir: str, prompt: str, max_new_tokens: int, temperature: float, s
     saved = checkpointer.config()
     if saved is None:
         raise UserError(f"{workdir} has no checkpoint yet: train longer, or wait for the first one")
-    here = {"mesh": {"tp": 1, "cp": 1, "pp": 1, "dp": 1}, "train": {**saved["train"], "attention": "auto"}}  # not where it was trained
+    here = {"mesh": {"tp": 1, "cp": 1, "pp": 1, "dp": 1}, "pipeline": {}, "train": {**saved["train"], "attention": "auto"}}  # not where it was trained
     steps = build_steps(parse(RunConfig, {**saved, **here}), make_mesh(MeshConfig(dp=1), jax.devices()[:1]))
     params = steps.plan.from_canonical(checkpointer.restore(steps.plan.abstract_canonical()).state).params
     tokenizer = load_tokenizer(str(Path(workdir) / "tokenizer"))
@@ -67,7 +67,7 @@ def logits_function(steps: Steps, num_tokens: int):
         micro_batches = steps.model.micro_batches(**{field: array[None] for field, array in batch.items()})
         program = steps.model.program(steps.layout.layers_per_stage, objectives.logits_at(index))
         weights, exchange = steps.weights(params)
-        sums = pipeline.evaluate(program, weights["ends"], weights["layers"], micro_batches, forward_only(1, 1), exchange)
+        sums = pipeline.evaluate(program, weights["ends"], weights["layers"], micro_batches, PipelineConfig().build_evaluation(1, 1), exchange)
         return sums["logits"][:, :vocab_size]
 
     specs = (steps.plan.specs.params, PartitionSpec(), PartitionSpec())

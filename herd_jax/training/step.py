@@ -15,7 +15,7 @@ from herd_jax.mesh import AXES
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import collectives, data, pipeline
-from herd_jax.parallel.schedule import forward_only, one_forward_one_backward
+from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training import objectives
 from herd_jax.training.optimizer import OptimizerConfig, clip, global_norm, learning_rate
 from herd_jax.training.state import State, StatePlan
@@ -35,6 +35,7 @@ class Steps:
     optimizer: OptimizerConfig
     compute_dtype: jnp.dtype
     gather: str = "step"
+    pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self):
         if self.gather not in GATHER:
@@ -84,7 +85,7 @@ class Steps:
         num_targets = collectives.all_reduce(jnp.sum(batch["loss_mask"], dtype=jnp.float32), ("dp", "cp"))
         objective = objectives.next_token(self.model.config.vocab_size, 1 / jnp.maximum(num_targets, 1))
         program = self.model.program(self.layout.layers_per_stage, objective)
-        schedule = one_forward_one_backward(self.layout.mesh.shape["pp"], len(batch["tokens"]))
+        schedule = self.pipeline.build(self.layout.mesh.shape["pp"], len(batch["tokens"]))
         weights, exchange = self.weights(params)
         sums, d_ends, d_layers = pipeline.value_and_gradient(
             program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange
@@ -97,7 +98,7 @@ class Steps:
 
     def _evaluate(self, params, batch: dict):
         program = self.model.program(self.layout.layers_per_stage, objectives.next_token(self.model.config.vocab_size, 1.0))
-        schedule = forward_only(self.layout.mesh.shape["pp"], len(batch["tokens"]))
+        schedule = self.pipeline.build_evaluation(self.layout.mesh.shape["pp"], len(batch["tokens"]))
         weights, exchange = self.weights(params)
         sums = pipeline.evaluate(program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange)
         num_targets = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
