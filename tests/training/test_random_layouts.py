@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
+from herd_jax.parallel.schedule import PipelineConfig
+
 MESHES = [mesh for mesh in itertools.product(range(1, 9), repeat=4) if 2 <= np.prod(mesh) <= 8]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_layout(seed):
     draw = random.Random(seed)
     tp, cp, pp, dp = draw.choice(MESHES)
@@ -33,7 +35,10 @@ def test_random_layout(seed):
     rows = tiny.make_rows(seed, num_rows, seq_len, config.vocab_size, max_documents=min(4, seq_len))
     rows["loss_mask"][0, 0] = True
     options = {"gather": ("step", "layer"), "remat": ("none", "attention", "layer"), "attention": ("dense", "blockwise")}
-    steps = tiny.make_steps(tp, cp, pp, dp, config=config, **{name: draw.choice(values) for name, values in options.items()})
+    num_chunks = draw.choice((1, 2, 3)) if pp > 1 else 1
+    schedule = draw.choice(("gpipe", "1f1b", "zero_bubble") if num_chunks == 1 else ("interleaved", "zero_bubble"))
+    schedule = PipelineConfig(schedule, num_chunks, draw.randint(0, 4), overlap=draw.random() < 0.3)
+    steps = tiny.make_steps(tp, cp, pp, dp, config=config, pipeline=schedule, **{name: draw.choice(values) for name, values in options.items()})
     loss, gradient = tiny.loss_and_gradient(steps, rows, num_micro_batches)
     expected_loss, expected = jax.value_and_grad(tiny.plain_loss)(tiny.canonical_params(steps), rows, config)
     assert loss == pytest.approx(float(expected_loss), rel=1e-5)

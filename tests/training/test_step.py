@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
+from herd_jax.parallel.schedule import PipelineConfig
+
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(m) in (1, 2, 4, 8)]
 name = lambda mesh: "tp{}-cp{}-pp{}-dp{}".format(*mesh)
 
@@ -72,6 +74,38 @@ def test_micro_batches_of_unequal_target_counts(num_micro_batches, pp, rows, one
     loss, gradient = tiny.loss_and_gradient(tiny.make_steps(pp=pp), rows, num_micro_batches)
     assert loss == pytest.approx(one_device[0], rel=1e-5)
     tiny.assert_close(gradient, one_device[1])
+
+
+SCHEDULES = [  # (mesh, micro-batches, pipeline, rest): every schedule with tp, cp and dp on, odd M, M smaller than PP, each remat
+    ((1, 1, 4, 2), 8, PipelineConfig("gpipe"), {}),
+    ((2, 2, 2, 1), 3, PipelineConfig("gpipe"), {"remat": "attention"}),
+    ((1, 1, 4, 2), 3, PipelineConfig("1f1b", overlap=True), {}),
+    ((1, 1, 8, 1), 5, PipelineConfig("1f1b"), {"remat": "layer"}),
+    ((1, 1, 2, 4), 4, PipelineConfig("interleaved", 2), {}),
+    ((2, 1, 4, 1), 10, PipelineConfig("interleaved", 2, 5), {"attention": "blockwise"}),
+    ((1, 2, 2, 2), 5, PipelineConfig("interleaved", 3, 2), {"gather": "layer"}),
+    ((2, 2, 2, 1), 7, PipelineConfig("interleaved", 2, 7, overlap=True), {"remat": "layer"}),
+    ((1, 1, 4, 1), 2, PipelineConfig("interleaved", 4), {}),
+    ((1, 1, 4, 2), 8, PipelineConfig("zero_bubble"), {}),
+    ((2, 2, 2, 1), 3, PipelineConfig("zero_bubble"), {"gather": "layer", "remat": "layer"}),
+    ((1, 2, 4, 1), 2, PipelineConfig("zero_bubble", overlap=True), {"remat": "attention", "attention": "blockwise"}),
+    ((2, 1, 2, 2), 6, PipelineConfig("zero_bubble", 2), {"gather": "layer"}),
+    ((1, 1, 4, 2), 9, PipelineConfig("zero_bubble", 3, 4, overlap=True), {"attention": "blockwise"}),
+]
+
+
+@pytest.mark.parametrize("mesh, num_micro_batches, schedule, options", SCHEDULES)
+def test_every_schedule_against_one_device(mesh, num_micro_batches, schedule, options):
+    """Packed documents, tied embeddings, 5 layers: on most of these pipelines some stages have fewer layers than others, or none."""
+    config = tiny.tied()
+    rows = tiny.make_rows(seed=1, num_rows=num_micro_batches * mesh[3])
+    expected = tiny.loss_and_gradient(tiny.make_steps(config=config), rows, 1)
+    steps = tiny.make_steps(*mesh, config=config, pipeline=schedule, **options)
+    loss, gradient = tiny.loss_and_gradient(steps, rows, num_micro_batches)
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    tiny.assert_close(gradient, expected[1])
+    sums = steps.evaluate(steps.plan.init(0).params, tiny.to_batch(steps, rows, num_micro_batches))
+    assert float(sums["loss"]) / float(sums["num_targets"]) == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_packed_documents_are_as_if_alone(rows):
