@@ -94,10 +94,10 @@ class PipelineConfig:
             ahead = [num_micro_batches] * num_ranks
         split = self.schedule == "zero_bubble"
         orders = [_alternate(forwards, backwards, n, BACKWARD_INPUT if split else BACKWARD_UPPER) for n in ahead]
-        return _place(orders, num_ranks, self.num_chunks, num_micro_batches, latency, most_held=ahead[0] + 1 if split else None)
+        return _place(orders, num_ranks, self.num_chunks, num_micro_batches, latency)
 
     def build_evaluation(self, num_ranks: int, num_micro_batches: int) -> Schedule:
-        """Forwards only, in the order of the training step."""
+        """Forwards only, chunk by chunk as in the training step."""
         groups = _groups(num_micro_batches, self.contiguous_micro_batches or num_ranks)
         order = [(FORWARD, *item) for item in _forward_order(groups, self.num_chunks)]
         return _place([order] * num_ranks, num_ranks, self.num_chunks, num_micro_batches, latency=1)
@@ -153,23 +153,22 @@ def _alternate(forwards, backwards, ahead: int, backward: int) -> list[tuple[int
     return order
 
 
-def _place(orders, num_ranks: int, num_chunks: int, num_micro_batches: int, latency: int, most_held: int | None = None) -> Schedule:
+def _place(orders, num_ranks: int, num_chunks: int, num_micro_batches: int, latency: int) -> Schedule:
     """Gives each operation the first tick at which what it needs is there, keeping each rank's order.
 
-    Where backwards are split, a rank that would wait does a gradient of the weights that is left over. So it does before a forward that
-    would make it hold more than `most_held` micro-batches, and when more are left over than it can use to fill its wait at the end.
+    Where backwards are split, a rank that would wait does a gradient of the weights that is left over, and so does one that has more of them
+    than it can use to fill its wait at the end.
     """
     last_stage, never = num_ranks * num_chunks - 1, 1 << 40
     sent = {FORWARD: {}, BACKWARD_LOWER: {}}  # (stage, micro-batch) -> tick at which the result is known
-    position, held = [0] * num_ranks, [0] * num_ranks
+    position = [0] * num_ranks
     begun: list = [None] * num_ranks  # the backward whose upper half was done in the tick before
     left: list[list] = [[] for _ in range(num_ranks)]  # gradients of weights still to be done
 
     def is_ready(operation, micro_batch, chunk, rank, tick) -> bool:
         stage = chunk * num_ranks + rank
         if operation == FORWARD:
-            room = most_held is None or held[rank] < most_held
-            return room and (stage == 0 or sent[FORWARD].get((stage - 1, micro_batch), never) + latency <= tick)
+            return stage == 0 or sent[FORWARD].get((stage - 1, micro_batch), never) + latency <= tick
         if stage == last_stage:
             return sent[FORWARD].get((stage, micro_batch), never) < tick
         return sent[BACKWARD_LOWER].get((stage + 1, micro_batch), never) + latency <= tick
@@ -192,7 +191,6 @@ def _place(orders, num_ranks: int, num_chunks: int, num_micro_batches: int, late
             key = (chunk * num_ranks + rank, micro_batch)
             position[rank] += operation in (FORWARD, BACKWARD_UPPER, BACKWARD_INPUT)
             begun[rank] = (micro_batch, chunk) if operation == BACKWARD_UPPER else None
-            held[rank] += (operation == FORWARD) - (operation in (BACKWARD_LOWER, BACKWARD_WEIGHT))
             if operation == FORWARD:
                 sent[FORWARD][key] = tick
             elif operation in (BACKWARD_LOWER, BACKWARD_INPUT):

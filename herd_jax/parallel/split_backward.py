@@ -38,14 +38,14 @@ class SplitBackward:
         for eqn in eqns:
             if any(var in of_cotangent for var in _variables(eqn)):
                 of_cotangent.update(eqn.outvars)
-            if id(eqn) not in for_input and (_is_dear(eqn) or any(var in after for var in _variables(eqn))):
+            if id(eqn) not in for_input and (is_dear(eqn) or any(var in after for var in _variables(eqn))):
                 late.add(id(eqn))
                 after.update(eqn.outvars)
 
         def can_be_made_again(eqn) -> bool:
             if eqn.primitive.name in _MOVES and len(_variables(eqn)) == 1:
                 return _size(_variables(eqn)[0]) <= _size(eqn.outvars[0])
-            return not _is_dear(eqn) and not any(var in of_cotangent for var in eqn.outvars)
+            return not is_dear(eqn) and not any(var in of_cotangent for var in eqn.outvars)
 
         self.kept = [var for var in gradients if not isinstance(var, core.Literal) and var not in after]  # small ones, known already
         wanted, kept = [var for eqn in eqns if id(eqn) in late for var in _variables(eqn)], set(self.kept)
@@ -145,7 +145,7 @@ def _ancestors(variables, producer: dict) -> set[int]:
     return found
 
 
-def _is_dear(eqn) -> bool:
+def is_dear(eqn) -> bool:
     """Matrix products, communication, loops and kernels."""
     has_body = any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in jax.tree.leaves(tuple(eqn.params.values())))
     return eqn.primitive.name in ("dot_general", "pallas_call", "ffi_call", "custom_call", *_COLLECTIVES) or has_body

@@ -1,0 +1,134 @@
+"""Memory of one device during a training step, by kind, before anything is compiled.
+
+What waits from one operation to another (weights, optimizer state, gradients, residuals, messages) is counted from the declarations, the
+schedule's slots and the traced layer, as the step itself lays it out. What an operation needs while it runs is estimated from the same trace: the
+largest sum of values alive at once, where element-wise operations are taken to be fused with what follows.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from herd_jax.mesh import AXES, FSDP_AXES
+from herd_jax.models.cross_entropy import CHUNK_TOKENS
+from herd_jax.models.llama import Llama
+from herd_jax.models.params import Layout, is_declaration
+from herd_jax.parallel.split_backward import is_dear
+from herd_jax.parallel.stage import LayerVjp
+from herd_jax.planning.job import Job
+
+FP32 = 4
+UPDATE_COPIES = 3  # of the gradient, while AdamW runs: itself, clipped, and the update
+
+
+def estimate(job: Job) -> dict[str, float]:
+    """Bytes of the fullest device by kind, and their "total", at the moment of the step that needs most.
+
+    parameters and optimizer: FP32 shards; gathered_weights: in the compute dtype; gradients: FP32 sums over micro-batches; activations: residuals
+    and kept cotangents of the micro-batches in flight; logits: the head's chunk and its gradients; buffers: messages, the batch, and what a
+    layer needs beyond the logits' memory, which it uses in turn; update: what the optimizer needs beyond all that has gone when it runs.
+    """
+    dtype = "float32" if job.hardware.value_bytes == FP32 else "bfloat16"
+    itemsize = jnp.dtype(dtype).itemsize
+    layout = Layout.make(job.mesh, job.model.num_layers, job.pipeline.num_chunks)
+    declared = Llama.make(job.model).declared
+    size = lambda tree, gathered: sum(_share(layout, d, gathered) for d in jax.tree.leaves(tree, is_leaf=is_declaration))
+    sharded, whole, ends = size(declared, False), size(declared, True), size(declared["ends"], True)
+    one_layer = size(declared["layers"], True) / len(layout.layer_of_slot) * job.pp
+    operation = _operation(job.model, job.tp, job.cp, job.seq_len // job.cp, job.micro_batch_size, dtype, job.remat)
+
+    table = job.table
+    slots = max(1, *job.layers_per_stage)
+    messages = max(table.num_activation_slots, 1) + max(table.num_cotangent_slots, 1) + 3 if job.pp > 1 else 2
+    copies = itemsize < FP32 or job.dp * job.cp > 1  # else the stored weights are computed with as they are
+    tokens = job.micro_batch_size * job.seq_len // job.cp
+    columns = math.ceil(job.model.vocab_size / job.tp)
+    logits = min(tokens, CHUNK_TOKENS) * columns * (2 * FP32 + itemsize) + 2 * FP32 * job.model.dim * columns
+    passing = {
+        "gathered_weights": itemsize * (whole if job.gather == "step" else one_layer + ends) * copies,
+        "gradients": FP32 * (whole if job.gather == "step" else sharded + one_layer),
+        "activations": slots * max(table.num_residual_slots, 1) * operation.residuals
+        + table.most_kept_layers * table.num_kept_slots * operation.kept,
+        "logits": logits,
+        "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, operation.temporaries - logits),
+    }
+    update = max(0, UPDATE_COPIES * FP32 * sharded - sum(passing.values()))
+    memory = {"parameters": FP32 * sharded, "optimizer": 2 * FP32 * sharded, **passing, "update": update}
+    return memory | {"total": sum(memory.values())}
+
+
+def _share(layout: Layout, declaration, gathered: bool) -> int:
+    """Values of a parameter that one device holds; `gathered`: with FSDP's shards put together."""
+    spec, sizes = layout.spec(declaration), layout.mesh.shape
+    axes = [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
+    return math.prod(layout.stored_shape(declaration)) // math.prod(sizes[axis] for axis in axes if not (gathered and axis in FSDP_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """Bytes of one layer and one micro-batch on one device."""
+
+    residuals: int
+    kept: int
+    activation: int  # between layers
+    temporaries: int  # of the operation that needs most
+    batch: int  # tokens, masks, rotations
+
+
+@functools.cache
+def _operation(model, tp: int, cp: int, num_tokens: int, micro_batch_size: int, dtype: str, remat: str) -> _Operation:
+    mesh = AbstractMesh((tp, cp, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    llama = Llama.make(model, "blockwise", remat)
+    layout, found = Layout.make(mesh, 1), {}
+    one_layer = jax.tree.map(lambda d: dataclasses.replace(d, num_layers=0), llama.declared["layers"], is_leaf=is_declaration)
+    weights = jax.tree.map(lambda d: jax.ShapeDtypeStruct(layout.stored_shape(d), dtype), one_layer, is_leaf=is_declaration)
+    specs = jax.tree.map(lambda d: PartitionSpec(*("tp" if axis == "tp" else None for axis in layout.spec(d))), one_layer, is_leaf=is_declaration)
+
+    def probe(weights, tokens):
+        fields = {"tokens": tokens, "targets": tokens, "loss_mask": tokens > 0, "segment_ids": tokens, "positions": tokens}
+        batch = llama.micro_batches(**fields)
+        micro_batch = jax.tree.map(lambda a: a[0], batch)
+        program = llama.program((1,), None)
+        x_BTD = jnp.zeros((micro_batch_size, num_tokens // tp, model.dim), dtype)
+        vjp = LayerVjp.trace(program.layer, weights, x_BTD, micro_batch)
+        residuals = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in vjp.stored]
+        known = (weights, residuals, micro_batch)
+        split = vjp.split(*known, x_BTD)
+        forward = jax.make_jaxpr(lambda w, x: vjp.forward(w, x, micro_batch))(weights, x_BTD)
+        backward = jax.make_jaxpr(lambda known, dy: vjp.backward(*known, dy))(known, x_BTD)
+        found.update(vjp=vjp, split=split, batch=batch, x=x_BTD, temporaries=max(_peak(forward.jaxpr), _peak(backward.jaxpr)))
+        return tokens
+
+    tokens = jax.ShapeDtypeStruct((1, micro_batch_size, num_tokens * cp), jnp.int32)
+    spec = PartitionSpec(None, None, "cp")
+    jax.eval_shape(jax.shard_map(probe, mesh=mesh, in_specs=(specs, spec), out_specs=spec, check_vma=False), weights, tokens)
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return _Operation(size(found["vjp"].stored), size(found["split"].kept_shapes), size(found["x"]), found["temporaries"], size(found["batch"]))
+
+
+def _peak(jaxpr: core.Jaxpr) -> int:
+    """Bytes of the values alive at once beside the inputs, at most. Only what a dear operation reads or makes is stored."""
+    eqns = jaxpr.eqns
+    stored = {var for eqn in eqns if is_dear(eqn) for var in (*eqn.invars, *eqn.outvars) if isinstance(var, core.Var)}
+    stored -= {*jaxpr.invars, *jaxpr.constvars}
+    last_use = {}
+    for index in reversed(range(len(eqns))):
+        until = max((last_use.get(var, index) for var in eqns[index].outvars if var not in stored), default=index)
+        for var in eqns[index].invars:
+            if isinstance(var, core.Var):
+                last_use[var] = max(last_use.get(var, index), until)
+    for var in jaxpr.outvars:
+        if isinstance(var, core.Var):
+            last_use[var] = len(eqns)
+    alive, peak = {}, 0
+    for index, eqn in enumerate(eqns):
+        alive |= {var: var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars if var in stored}
+        inner = max((_peak(body) for body in core.jaxprs_in_params(eqn.params)), default=0)
+        peak = max(peak, sum(alive.values()) + inner)
+        alive = {var: bytes for var, bytes in alive.items() if last_use.get(var, index) > index}
+    return peak
