@@ -146,6 +146,6 @@ def _ancestors(variables, producer: dict) -> set[int]:
 
 
 def is_dear(eqn) -> bool:
-    """Matrix products, communication, loops and kernels."""
+    """Matrix products, communication, loops, kernels and calls to the host."""
     has_body = any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in jax.tree.leaves(tuple(eqn.params.values())))
-    return eqn.primitive.name in ("dot_general", "pallas_call", "ffi_call", "custom_call", *_COLLECTIVES) or has_body
+    return eqn.primitive.name in ("dot_general", "pallas_call", "ffi_call", "pure_callback", *_COLLECTIVES) or has_body

@@ -83,35 +83,33 @@ class Layers:
     def weights_of(self, index) -> PyTree:
         return self.fetch(jax.tree.map(lambda w: w[index], self.weights))
 
-    def empty_store(self, num_slots: int, num_layers: int) -> list[jax.Array]:
-        """Slots for the residuals of `num_slots` micro-batches: leaves [num_slots, num_layers, ...]."""
-        return [jnp.zeros((num_slots, num_layers, *leaf.shape), leaf.dtype) for leaf in self.vjp.stored]
+    def empty_store(self, num_slots: int, num_layers: int) -> "Store":
+        """Slots for the residuals of `num_slots` micro-batches."""
+        return Store.empty(self.vjp.stored, num_slots, num_layers)
 
-    def empty_kept(self, num_slots: int, num_layers: int, x_BTD, micro_batch) -> list[jax.Array]:
-        """Slots for the cotangents kept between the two parts of a backward: leaves [num_slots, num_layers, ...]; none without slots."""
-        if num_slots == 0:
-            return []
-        weights = jax.eval_shape(lambda: self.weights_of(0))
-        shapes = {}
+    def empty_kept(self, num_slots: int, num_layers: int, x_BTD, micro_batch) -> "Store":
+        """Slots for the cotangents kept between the two parts of a backward."""
+        weights, shapes = jax.eval_shape(lambda: self.weights_of(0)), []
 
         def probe(weights, residuals, micro_batch, x_BTD):
-            shapes["kept"] = self.vjp.split(weights, residuals, micro_batch, x_BTD).kept_shapes
+            shapes.extend(self.vjp.split(weights, residuals, micro_batch, x_BTD).kept_shapes)
             return x_BTD
 
-        jax.eval_shape(probe, weights, list(self.vjp.stored), micro_batch, x_BTD)
-        return [jnp.zeros((num_slots, num_layers, *leaf.shape), leaf.dtype) for leaf in shapes["kept"]]
+        if num_slots > 0:
+            jax.eval_shape(probe, weights, list(self.vjp.stored), micro_batch, x_BTD)
+        return Store.empty(shapes, num_slots, num_layers)
 
     def apply(self, x_BTD, micro_batch, at, count) -> jax.Array:
         """The layers in `count` slots from `at`, no residuals kept."""
         return loop(count, lambda i, x: self.vjp.layer(self.weights_of(at + i), x, micro_batch), x_BTD)
 
-    def forward(self, store, slot, x_BTD, micro_batch, at, count) -> tuple[jax.Array, list[jax.Array]]:
+    def forward(self, store, slot, x_BTD, micro_batch, at, count) -> tuple[jax.Array, "Store"]:
         """As `apply`, with the residuals written to `slot` of `store`."""
 
         def body(i, carry):
             x_BTD, store = carry
             x_BTD, residuals = self.vjp.forward(self.weights_of(at + i), x_BTD, micro_batch)
-            return x_BTD, [slots.at[slot, i].set(residual) for slots, residual in zip(store, residuals, strict=True)]
+            return x_BTD, store.write(slot, i, residuals)
 
         return loop(count, body, (x_BTD, store))
 
@@ -122,21 +120,20 @@ class Layers:
         def body(i, carry):
             dy_BTD, gradients = carry
             i = first + count - 1 - i
-            dw, dx_BTD = self.vjp.backward(self.weights_of(at + i), [slots[slot, i] for slots in store], micro_batch, dy_BTD)
+            dw, dx_BTD = self.vjp.backward(self.weights_of(at + i), store.read(slot, i), micro_batch, dy_BTD)
             return dx_BTD, self._add(gradients, at + i, dw)
 
         return loop(count, body, (dy_BTD, gradients))
 
-    def backward_input(self, store, slot, kept, kept_slot, dy_BTD, micro_batch, at, first, count) -> tuple[jax.Array, list[jax.Array]]:
+    def backward_input(self, store, slot, kept, kept_slot, dy_BTD, micro_batch, at, first, count) -> tuple[jax.Array, "Store"]:
         """As `backward`, without the gradients: what they need is written to `kept_slot` of `kept`."""
 
         def body(i, carry):
             dy_BTD, kept = carry
             i = count - 1 - i
-            residuals = [slots[slot, first + i] for slots in store]
-            split = self.vjp.split(self.weights_of(at + first + i), residuals, micro_batch, dy_BTD)
+            split = self.vjp.split(self.weights_of(at + first + i), store.read(slot, first + i), micro_batch, dy_BTD)
             dx_BTD, values = split.input_part(dy_BTD)
-            return dx_BTD, [slots.at[kept_slot, i].set(value) for slots, value in zip(kept, values, strict=True)]
+            return dx_BTD, kept.write(kept_slot, i, values)
 
         return loop(count, body, (dy_BTD, kept))
 
@@ -144,14 +141,37 @@ class Layers:
         """`gradients` with those of the layers that `backward_input` left out added; of `x_BTD` only the shape counts."""
 
         def body(i, gradients):
-            residuals = [slots[slot, first + i] for slots in store]
-            split = self.vjp.split(self.weights_of(at + first + i), residuals, micro_batch, x_BTD)
-            return self._add(gradients, at + first + i, split.weight_part([slots[kept_slot, i] for slots in kept]))
+            split = self.vjp.split(self.weights_of(at + first + i), store.read(slot, first + i), micro_batch, x_BTD)
+            return self._add(gradients, at + first + i, split.weight_part(kept.read(kept_slot, i)))
 
         return loop(count, body, gradients)
 
     def _add(self, gradients, index, dw) -> PyTree:
         return jax.tree.map(lambda total, dw: total.at[index].add(dw.astype(total.dtype)), gradients, self.finish(dw))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Where values of each layer wait, by slot: leaves [num_slots * num_layers, ...].
+
+    There are at least two rows: of a store with one row XLA would see that the layer's index does not matter, and do the layer's work before the
+    loop over layers, also where the loop takes no round.
+    """
+
+    rows: list[jax.Array]
+    num_layers: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def empty(cls, shapes, num_slots: int, num_layers: int) -> "Store":
+        return cls([jnp.zeros((max(2, num_slots * num_layers), *leaf.shape), leaf.dtype) for leaf in shapes], num_layers)
+
+    def read(self, slot, layer) -> list[jax.Array]:
+        return [rows[slot * self.num_layers + layer] for rows in self.rows]
+
+    def write(self, slot, layer, values: list[jax.Array]) -> "Store":
+        index = slot * self.num_layers + layer
+        return Store([rows.at[index].set(value) for rows, value in zip(self.rows, values, strict=True)], self.num_layers)
 
 
 def loop(count, body, carry):

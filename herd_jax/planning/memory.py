@@ -52,8 +52,8 @@ def estimate(job: Job) -> dict[str, float]:
     passing = {
         "gathered_weights": itemsize * (whole if job.gather == "step" else one_layer + ends) * copies,
         "gradients": FP32 * (whole if job.gather == "step" else sharded + one_layer),
-        "activations": slots * max(table.num_residual_slots, 1) * operation.residuals
-        + table.most_kept_layers * table.num_kept_slots * operation.kept,
+        "activations": max(2, slots * max(table.num_residual_slots, 1)) * operation.residuals
+        + max(2, table.most_kept_layers * table.num_kept_slots) * table.splits_backward * operation.kept,
         "logits": logits,
         "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, operation.temporaries - logits),
     }

@@ -64,7 +64,7 @@ def test_activations_follow_the_schedule_not_the_micro_batches():
     activations = lambda pipeline, batch: memory.estimate(job("llama-5m", (1, 1, 4, 1), pipeline, batch_per_dp=batch))["activations"]
     one_forward = [activations(PipelineConfig("1f1b"), batch) for batch in (8, 16, 32)]
     assert one_forward[0] == one_forward[1] == one_forward[2]
-    assert activations(PipelineConfig("gpipe"), 32) > 7 * one_forward[2]
+    assert activations(PipelineConfig("gpipe"), 32) > 5 * one_forward[2]
     assert one_forward[0] < activations(PipelineConfig("zero_bubble"), 8)  # the kept cotangents are its price
 
 
