@@ -4,4 +4,4 @@ from herd_jax.training.recipes import pretraining
 
 
 def get_config():
-    return pretraining("llama3-405b", peak_learning_rate=8e-5, tp=8, pp=16, dp=64)
+    return pretraining("llama3-405b", peak_learning_rate=8e-5, tp=8, pp=16, dp=64, num_chunks=8)

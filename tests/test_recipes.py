@@ -46,9 +46,9 @@ def test_step_traces_at_full_size(size):
     model_config.check_mesh(mesh)
     check_batches(config.train.ramp, mesh)
     model = Llama.make(model_config, "blockwise", config.train.remat)
-    layout = Layout.make(mesh, model_config.num_layers)
+    layout = Layout.make(mesh, model_config.num_layers, config.pipeline.num_chunks)
     plan = StatePlan(model.declared, make_optimizer(config.optimizer, model.declared), layout)
-    steps = Steps(model, layout, plan, config.optimizer, jnp.bfloat16, config.train.gather)
+    steps = Steps(model, layout, plan, config.optimizer, jnp.bfloat16, config.train.gather, config.pipeline)
     phase = config.train.ramp.phases[-1]
     shape = (phase.num_micro_batches, phase.global_batch_size // phase.num_micro_batches, phase.seq_len)
     batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in BATCH_FIELDS}

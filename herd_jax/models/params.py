@@ -6,6 +6,7 @@ by pipeline stage, the vocabulary padded to a multiple of tp.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +103,7 @@ class Layout:
     def layers_per_stage(self) -> tuple[int, ...]:
         return tuple(len(layers) for layers in self.stages)
 
-    @property
+    @functools.cached_property
     def layer_of_slot(self) -> np.ndarray:
         """The model's layer in each slot of the stacked dim, rank by rank and there chunk by chunk; -1 in an empty slot."""
         slots, num_ranks = max(1, *self.layers_per_stage), self.mesh.shape["pp"]

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 from herd_jax.mesh import FSDP_AXES
 from herd_jax.parallel import collectives
 
+GATHER = ("step", "layer")  # how often weights are gathered
+
 
 def gather_weights(shards, specs, dtype):
     """One device's shards (a pytree) -> weights whole over FSDP, in the compute dtype `dtype`; tp and pp parts stay parts."""

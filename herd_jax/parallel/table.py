@@ -71,18 +71,19 @@ def lower(schedule: Schedule, layers_per_stage: tuple[int, ...]) -> Table:
     """The table of a schedule. A slot is used again as soon as its value is consumed, so buffers hold what is in flight and no more."""
     num_ticks, num_ranks = schedule.operation.shape
     column = {name: np.full((num_ticks, num_ranks), -1 if name in SLOTS else 0, np.int32) for name in COLUMNS}
+    evaluates = not (schedule.operation > FORWARD).any()
     when = {}  # (operation, stage, micro-batch) -> tick
     for tick, rank in np.argwhere(schedule.operation != IDLE).tolist():
         operation, stage = int(schedule.operation[tick, rank]), schedule.stage(tick, rank)
         when[operation, stage, int(schedule.micro_batch[tick, rank])] = tick
-        _layers(column, (tick, rank), operation, stage, schedule, layers_per_stage)
+        _layers(column, (tick, rank), operation, stage, layers_per_stage, evaluates)
     column["micro_batch"][:] = schedule.micro_batch
     column["layer_slot"][:] = schedule.chunk * max(1, *layers_per_stage)
     slots = _slots(schedule, when, column)
     return Table(schedule, tuple(layers_per_stage), np.stack(list(column.values()), axis=-1), *slots)
 
 
-def _layers(column, at, operation: int, stage: int, schedule: Schedule, layers_per_stage) -> None:
+def _layers(column, at, operation: int, stage: int, layers_per_stage, evaluates: bool) -> None:
     """Which layers, and whether the embedding and the head, in one tick of one rank."""
     num_layers, last = layers_per_stage[stage], stage == len(layers_per_stage) - 1
     upper, middle = halves(num_layers, last)
@@ -104,7 +105,6 @@ def _layers(column, at, operation: int, stage: int, schedule: Schedule, layers_p
         layers("input", range(num_layers))
     elif operation == BACKWARD_WEIGHT:
         layers("weight", range(num_layers))
-    evaluates = not (schedule.operation > FORWARD).any()
     column["head"][at] = last and (operation in (BACKWARD_UPPER, BACKWARD_INPUT) or evaluates)
     column["embed_backward"][at] = stage == 0 and operation in (BACKWARD_LOWER, BACKWARD_INPUT)
 
@@ -113,13 +113,15 @@ def _slots(schedule: Schedule, when: dict, column: dict) -> tuple[int, int, int,
     """Fills in the slots' columns; returns how many slots of residuals, kept cotangents, activations and cotangents a rank needs."""
     travel = schedule.latency - 1  # ticks between sending and arriving
     num_ranks, last_stage = schedule.num_ranks, schedule.num_ranks * schedule.num_chunks - 1
+    forwards = [[] for _ in range(num_ranks)]
+    for operation, stage, micro_batch in when:
+        if operation == FORWARD:
+            forwards[stage % num_ranks].append((stage, micro_batch))
     most = [0, 0, 0, 0]
     for rank in range(num_ranks):
         residuals, kept, activations, cotangents = [], [], [], []  # (written at tick, last read at tick, [(column, tick), ...])
-        for operation, stage, micro_batch in when:
-            if operation != FORWARD or stage % num_ranks != rank:
-                continue
-            at = lambda operation, stage=stage: when.get((operation, stage, micro_batch))
+        for stage, micro_batch in forwards[rank]:
+            at = lambda operation, stage=stage, micro_batch=micro_batch: when.get((operation, stage, micro_batch))
             forward = at(FORWARD)
             if stage > 0:
                 arrival = at(FORWARD, stage - 1) + travel

@@ -53,7 +53,7 @@ def estimate(job: Job) -> dict[str, float]:
         "gathered_weights": itemsize * (whole if job.gather == "step" else one_layer + ends) * copies,
         "gradients": FP32 * (whole if job.gather == "step" else sharded + one_layer),
         "activations": max(2, slots * max(table.num_residual_slots, 1)) * operation.residuals
-        + max(2, table.most_kept_layers * table.num_kept_slots) * table.splits_backward * operation.kept,
+        + max(2, table.most_kept_layers * table.num_kept_slots) * (table.splits_backward and job.pp > 1) * operation.kept,
         "logits": logits,
         "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, operation.temporaries - logits),
     }

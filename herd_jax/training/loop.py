@@ -15,10 +15,11 @@ from herd_jax.config import to_dict
 from herd_jax.data.batches import TrainingBatches, validation_batches
 from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
 from herd_jax.errors import UserError
+from herd_jax.hardware import peak_flops
 from herd_jax.mesh import make_mesh
 from herd_jax.models.params import count
 from herd_jax.training.checkpoint import Checkpointer
-from herd_jax.training.metrics import Console, MetricsWriter, peak_flops
+from herd_jax.training.metrics import Console, MetricsWriter
 from herd_jax.training.run import RunConfig, build_steps, contradictions, flops_per_token
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps

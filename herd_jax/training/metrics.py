@@ -1,21 +1,18 @@
-"""Where a run's numbers go: a JSON line a logged step, TensorBoard, one live line on the console; and the peak for MFU.
+"""Where a run's numbers go: a JSON line a logged step, TensorBoard, one live line on the console.
 
 What the numbers are, and when they are computed, is the loop's business. Only process 0 writes.
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
@@ -24,27 +21,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from herd_jax.errors import UserError
-
-# Dense BF16 FLOP/s of one device, by words of `device.device_kind`; the first that fits counts.
-_PEAK_FLOPS = (
-    ("H100 PCIe", 756e12),  # NVIDIA H100 datasheet (PCIe card), without sparsity
-    ("H100 NVL", 835e12),  # NVIDIA H100 NVL datasheet: 1,671 with sparsity, halved
-    ("H100", 989.4e12),  # NVIDIA H100 white paper (SXM5); the Llama 3 paper's MFU (table 4) is relative to it
-    ("H200", 989.4e12),  # NVIDIA H200 datasheet: the chip of the H100 SXM5 with more memory
-    ("GH200", 989.4e12),  # NVIDIA GH200 datasheet: the same chip
-    ("GB200", 2500e12),  # NVIDIA GB200 NVL72 datasheet: 360 PFLOP/s for 72 GPUs with sparsity, halved
-    ("B200", 2250e12),  # NVIDIA DGX B200 datasheet: 36 PFLOP/s for 8 GPUs with sparsity, halved
-    ("A100", 312e12),  # NVIDIA A100 white paper
-    ("L40S", 362e12),  # NVIDIA L40S datasheet
-    ("L4", 121e12),  # NVIDIA L4 datasheet: 242 with sparsity, halved
-    ("TPU v4", 275e12),  # Google Cloud TPU v4 documentation
-    ("TPU v5 lite", 197e12),  # Google Cloud TPU v5e documentation
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),  # Google Cloud TPU v5p documentation
-    ("TPU v5", 459e12),  # what a v5p calls itself
-    ("TPU v6 lite", 918e12),  # Google Cloud TPU v6e documentation
-    ("TPU v6e", 918e12),
-)
 
 
 class MetricsWriter:
@@ -156,31 +132,6 @@ class Console:
             return []
         seconds = round((now - first_time) / (step - first_step) * max(self._num_steps - step, 0))
         return [f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"]
-
-
-def peak_flops(device: jax.Device, num_local_devices: int = 1) -> float | None:
-    """The dense BF16 peak of `device` in FLOP/s, which MFU is relative to; None for an accelerator that is not in the table.
-
-    A CPU has no number that would help: there it is what one jitted FP32 matmul of 1024 x 1024 reaches, the best of a few (so
-    that MFU can exceed 1), divided by `num_local_devices`, the fake devices that share this host.
-    """
-    if device.platform == "cpu":
-        return _measured_cpu_flops() / num_local_devices
-    return next((flops for name, flops in _PEAK_FLOPS if re.search(rf"\b{name}\b", device.device_kind, re.IGNORECASE)), None)
-
-
-@functools.cache
-def _measured_cpu_flops() -> float:
-    size, repeats = 1024, 5
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        x = jnp.ones((size, size), jnp.float32)
-        matmul = jax.jit(jnp.matmul).lower(x, x).compile()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            matmul(x, x).block_until_ready()
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 def _finite(value: float | None) -> float | None:

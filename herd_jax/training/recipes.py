@@ -20,10 +20,11 @@ def batch_ramp(dp: int, seq_len: int = 8192) -> tuple[dict, ...]:
     )
 
 
-def pretraining(model: str, peak_learning_rate: float, tp: int, pp: int, dp: int, gather: str = "step") -> ConfigDict:
+def pretraining(model: str, peak_learning_rate: float, tp: int, pp: int, dp: int, num_chunks: int = 1, gather: str = "step") -> ConfigDict:
     """The 405B's recipe, which the 8B and the 70B share but for the peak learning rate.
 
-    Not disclosed, and ours: b1, b2, weight decay, clipping, the meshes of the 8B and the 70B.
+    Not disclosed, and ours: b1, b2, weight decay, clipping, the meshes of the 8B and the 70B, the number of chunks of a pipeline rank (the
+    405B's 126 layers, embedding and head make 16 x 8).
     """
     return ConfigDict(
         {
@@ -31,6 +32,7 @@ def pretraining(model: str, peak_learning_rate: float, tp: int, pp: int, dp: int
             "workdir": f"runs/{model}",
             "model": {"name": model, "rope_scaling": {"factor": 1.0}},  # scaling comes with long context (section 3.4.2)
             "mesh": {"tp": tp, "cp": 1, "pp": pp, "dp": dp},
+            "pipeline": {"schedule": "interleaved" if num_chunks > 1 else "1f1b", "num_chunks": num_chunks},
             "data": {"sources": MIX},
             "train": {"num_steps": NUM_STEPS, "phases": batch_ramp(dp), "gather": gather},
             "optimizer": {

@@ -22,7 +22,6 @@ from herd_jax.training.state import State, StatePlan
 
 BATCH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [num_micro_batches, B of all dp ranks, S], in zigzag order
-GATHER = ("step", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Steps:
     pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self):
-        if self.gather not in GATHER:
-            raise UserError(f"train.gather is '{self.gather}': it must be one of {', '.join(GATHER)}")
+        if self.gather not in data.GATHER:
+            raise UserError(f"train.gather is '{self.gather}': it must be one of {', '.join(data.GATHER)}")
 
     @functools.cached_property
     def train(self):
