@@ -97,7 +97,7 @@ def results(workdir):
 def final_state(workdir):
     """(step, every leaf by name) of the newest checkpoint."""
     checkpointer = Checkpointer(workdir / "checkpoints", keep=3)
-    config = parse(RunConfig, checkpointer.config())
+    config = parse(RunConfig, {**checkpointer.config(), "pipeline": {}})  # on one device
     steps = build_steps(config, make_mesh(MeshConfig(dp=1), jax.devices()[:1]))
     restored = checkpointer.restore(steps.plan.abstract_canonical())
     checkpointer.close()
@@ -156,7 +156,8 @@ def test_killed_at_a_random_step(base, uninterrupted, tmp_path):
 
 def test_continued_on_another_mesh(base, uninterrupted, tmp_path):
     workdir = copy_until(16, uninterrupted, tmp_path / "run")
-    out, _ = run(base, workdir, "mesh.tp=2", "mesh.cp=2", "mesh.pp=2")
+    schedule = ("pipeline.schedule=zero_bubble", "pipeline.num_chunks=2", "train.num_micro_batches=4")
+    out, _ = run(base, workdir, "mesh.tp=2", "mesh.cp=2", "mesh.pp=2", *schedule)
     assert "mesh tp 2 cp 2 pp 2 dp 1" in out and "continues at step 16" in out
     for got, expected in zip(results(workdir), results(uninterrupted), strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
@@ -233,6 +234,9 @@ HERE = ("mesh.dp=8", "train.num_micro_batches=1")  # this process has eight devi
         (["data.tokenizer={base}/other.model"], ["{base}/other.model"]),
         (["mesh.tp=3", "mesh.dp=0"], ["a multiple of 3", "there are 8", "mesh.tp"]),
         (["mesh.tp=8", "mesh.dp=1"], ["model.num_kv_heads 2 does not divide by mesh.tp 8"]),
+        (["pipeline.schedule=2f2b"], ["pipeline.schedule is '2f2b'", "zero_bubble"]),
+        (["pipeline.num_chunks=2"], ["runs one chunk", "choose 'interleaved'"]),
+        (["pipeline.schedule=interleaved", "pipeline.num_chunks=2"], ["one pipeline rank", "set mesh.pp to 2 or more"]),
         (["train.num_micro_batches=8"], ["train.global_batch_size 8", "train.num_micro_batches 8", "mesh.dp 8"]),
     ],
     ids=lambda value: value[0] if value[0].count("=") else "",
