@@ -32,6 +32,12 @@ class Plan:
     def fits(self) -> bool:
         return self.memory["total"] <= self.job.hardware.memory_bytes
 
+    @property
+    def empty_layer_slots(self) -> int:
+        """Room for layers that no layer fills, over all pipeline ranks: it takes memory of weights, and no time."""
+        job = self.job
+        return max(1, *job.layers_per_stage) * len(job.layers_per_stage) - job.model.num_layers
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, fractions, tokens."""
         job, speed = self.job, self.throughput
@@ -43,6 +49,7 @@ class Plan:
             "num_micro_batches": job.num_micro_batches,
             "tokens_per_step": job.tokens_per_step,
             "num_parameters": self.num_parameters,
+            "empty_layer_slots": self.empty_layer_slots,
             "fits": self.fits,
             "memory_bytes_per_device": self.memory,
             "memory_capacity_bytes": job.hardware.memory_bytes,
@@ -67,6 +74,7 @@ class Plan:
             f"{job.model_name}: {self.num_parameters:,} parameters, {speed.flops_per_token:.4g} FLOPs a token at {job.seq_len:,} tokens",
             f"{job.num_devices:,} x {job.hardware.name}: {describe(job)}",
             f"{job.tokens_per_step:,} tokens a step in {job.num_micro_batches} micro-batches on each dp rank",
+            f"layers in {len(job.layers_per_stage)} stages of {max(1, *job.layers_per_stage)}; {self.empty_layer_slots} of these places are empty",
             "",
             f"memory of a device      {total / GB:>8.2f} GB of {capacity / GB:.1f}: {room}",
             *(f"  {kind.replace('_', ' '):<22}{size / GB:>8.2f} GB" for kind, size in self.memory.items() if kind != "total" and size),

@@ -20,7 +20,7 @@ def test_the_papers_layout_as_json(capsys):
     assert found["num_parameters"] == 405_853_388_800 and found["fits"] and found["num_devices"] == 8192
     assert found["memory_bytes_per_device"]["total"] < 80e9
     assert found["mfu"] == pytest.approx(0.43, abs=0.03) and found["tflops_per_device"] == pytest.approx(430, abs=30)
-    assert found["tokens_per_step"] == 16_777_216
+    assert found["tokens_per_step"] == 16_777_216 and found["empty_layer_slots"] == 2
     assert found["tokens_per_second"] == pytest.approx(found["tokens_per_step"] / found["step_time_s"])
     assert sum(found["time_s"].values()) == pytest.approx(found["step_time_s"])
     assert found["bubble_fraction"] == pytest.approx(15 / (8 * 32))
