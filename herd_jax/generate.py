@@ -1,21 +1,68 @@
-"""`python -m herd_jax.generate --model WORKDIR --prompt TEXT`: a continuation by the newest checkpoint of a training run."""
+"""Continues a prompt, or chats, with a model from any checkpoint; the text comes as it is made.
+
+    python -m herd_jax.generate --model PATH --prompt TEXT
+    python -m herd_jax.generate --model PATH --chat
+
+PATH is the workdir of a training run, a Hugging Face, Meta or herd directory, or a GGUF file.
+"""
 
 import argparse
 
 from herd_jax.errors import command_line
-from herd_jax.training.sampling import sample
+from herd_jax.mesh import MeshConfig, request_cpu_devices
+from herd_jax.model import DTYPES, load
 
 
 @command_line
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m herd_jax.generate", description=__doc__)
-    parser.add_argument("--model", required=True, help="workdir of a training run")
-    parser.add_argument("--prompt", required=True)
+    parser = argparse.ArgumentParser(prog="python -m herd_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="PATH")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument("--chat", action="store_true", help="a dialog; an empty line or Ctrl-D ends it")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draws from the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on accelerators, float32 on CPU")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
     args = parser.parse_args(argv)
-    print(args.prompt + sample(args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed))
+    mesh = MeshConfig(tp=args.tp, pp=args.pp, dp=1)
+    request_cpu_devices(mesh)
+    model = load(args.model, mesh if args.tp * args.pp > 1 else None, args.dtype)
+    options = (args.max_new_tokens, args.temperature, args.top_p, args.seed, args.stop)
+    if args.chat:
+        chat(model, args.system, options)
+    else:
+        show(args.prompt, model.stream(args.prompt, *options))
+
+
+def chat(model, system: str | None, options) -> None:
+    messages = [{"role": "system", "content": system}] if system else []
+    while text := ask():
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": show("", model.stream_chat(messages, *options))})
+
+
+def ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def show(text: str, pieces) -> str:
+    """Prints the pieces as they come; returns them together."""
+    print(text, end="", flush=True)
+    parts = []
+    for piece in pieces:
+        parts.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(parts)
 
 
 if __name__ == "__main__":

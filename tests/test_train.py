@@ -267,8 +267,19 @@ def test_generate(uninterrupted, tmp_path, monkeypatch, capsys):
     assert process.returncode == 0, err
     assert out.startswith("the cat") and len(out) > len("the cat\n")
     assert set(out) <= set("the cat sat on a mat and then it ran\n")  # likeliest bytes of a trained model
-    for model, words in ((tmp_path, "is not the workdir of a training run"), (tmp_path / "none", "is not the workdir")):
+    for model, words in ((tmp_path, f"{tmp_path} "), (tmp_path / "none", "does not exist: name the directory of a model")):
         assert words in refusal(monkeypatch, capsys, herd_jax.generate.main, ["--model", str(model), "--prompt", "x"])
-    assert "--max-new-tokens 0" in refusal(
+    assert "max_new_tokens 0 must be 1 or more" in refusal(
         monkeypatch, capsys, herd_jax.generate.main, ["--model", str(uninterrupted), "--prompt", "x", "--max-new-tokens", "0"]
     )
+
+
+def test_begins_with_the_weights_of_another_run(base, uninterrupted, tmp_path):
+    """On another mesh, with the dimensions of the source whatever the config's model, and a schedule of its own."""
+    fields = ("train.num_steps=2", "optimizer.peak_learning_rate=1e-6", "model.dim=64", "mesh.dp=2")
+    run(base, tmp_path / "run", f"init_from={uninterrupted}", *fields)
+    assert metrics(tmp_path / "run")[0]["loss"] < metrics(uninterrupted)[0]["loss"] - 1
+    assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(metrics(uninterrupted)[-1]["val_loss"], rel=1e-3)
+    tokenize_files([str(base / "text")], 280, tmp_path / "other", validation_fraction=0.1, processes=1)
+    _, err = run(base, tmp_path / "no", f"init_from={uninterrupted}", f"data.sources={tmp_path / 'other'}", succeeds=False)
+    assert "vocab_size" in err or "another tokenizer" in err

@@ -108,10 +108,15 @@ class Checkpointer:
 
     def config(self) -> dict | None:
         """The run config stored with the newest checkpoint whose record is readable; None where there is none."""
+        newest = self.newest()
+        return newest and newest[1]["config"]
+
+    def newest(self) -> tuple[Path, dict] | None:
+        """Of the newest checkpoint whose record is readable: the directory in which Orbax has its state, and the record."""
         self.wait()
         for step in reversed(self.steps()):
             with contextlib.suppress(_Unreadable):  # restore() names it and sets it aside
-                return self._read_record(step)["config"]
+                return self.directory / str(step) / "state", self._read_record(step)
         return None
 
     def restore(self, abstract_state: PyTree) -> Restored | None:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from herd_jax.errors import UserError
 from herd_jax.hardware import peak_flops
 from herd_jax.mesh import make_mesh
 from herd_jax.models.params import count
+from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.checkpoint import Checkpointer
 from herd_jax.training.metrics import Console, MetricsWriter
 from herd_jax.training.run import RunConfig, build_steps, contradictions, flops_per_token
@@ -25,8 +27,18 @@ from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 
 
-def train(config: RunConfig) -> None:
-    """Trains from the newest checkpoint in the workdir, or from the start, to `train.num_steps`.
+class Initial(Protocol):
+    """Weights to begin with."""
+
+    def load_params(self, steps: Steps) -> Any:
+        """FP32, as the steps store them."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where the weights belong to another tokenizer."""
+
+
+def train(config: RunConfig, initial: Initial | None = None) -> None:
+    """Trains from the newest checkpoint in the workdir, or from `initial` weights, or from random ones, to `train.num_steps`.
 
     Raises UserError for anything in the config, the data, the checkpoints or the losses that the user has to mend.
     """
@@ -37,10 +49,13 @@ def train(config: RunConfig) -> None:
     ramp = config.train.ramp
     batches = TrainingBatches(config.data, streams, ramp, config.seed, config.train.num_steps, steps.batch_sharding)
     workdir = Path(config.workdir)
-    load_data_tokenizer(config.data, streams).save(workdir / "tokenizer")
+    tokenizer = load_data_tokenizer(config.data, streams)
+    tokenizer.save(workdir / "tokenizer")
+    if initial:
+        initial.check_tokenizer(tokenizer)
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
     try:
-        state, first_step = restore(checkpointer, config, steps)
+        state, first_step = restore(checkpointer, config, steps, initial)
         writer = MetricsWriter(workdir, first_step)
         with Console(config.train.num_steps) as console:
             console.message(describe(config, steps, sum(stream.num_tokens for stream in streams), first_step))
@@ -51,8 +66,8 @@ def train(config: RunConfig) -> None:
         checkpointer.close()
 
 
-def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps) -> tuple[State, int]:
-    """The newest readable state and the number of steps it has taken, else a fresh one."""
+def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps, initial: Initial | None = None) -> tuple[State, int]:
+    """The newest readable state and the number of steps it has taken, else a fresh one, with the `initial` weights if there are any."""
     saved = checkpointer.config()
     if saved is not None:
         wrong = contradictions(saved, to_dict(config))
@@ -63,7 +78,8 @@ def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps) -> tupl
             )
     restored = checkpointer.restore(steps.plan.abstract_canonical())
     if restored is None:
-        return steps.plan.init(config.seed), 0
+        fresh = steps.plan.init(config.seed)
+        return (fresh._replace(params=initial.load_params(steps)) if initial else fresh), 0
     return steps.plan.from_canonical(restored.state), restored.step
 
 
@@ -72,7 +88,7 @@ def describe(config: RunConfig, steps: Steps, num_tokens: int, first_step: int) 
     device = steps.layout.mesh.devices.flat[0]
     begin = f"continues at step {first_step}" if first_step else "starts"
     return (
-        f"{config.model.name}: {count(steps.model.declared):,} parameters, {num_tokens:,} training tokens, mesh {axes} of {device.device_kind} "
+        f"{config.init_from or config.model.name}: {count(steps.model.declared):,} parameters, {num_tokens:,} training tokens, mesh {axes} of {device.device_kind} "
         f"({device.platform}), {steps.compute_dtype.__name__}; {begin} in {config.workdir}"
     )
 

@@ -1,7 +1,6 @@
 """What a step minimises: functions from the last hidden state to a scalar and the sums that are logged."""
 
 import jax
-import jax.numpy as jnp
 
 from herd_jax.models.cross_entropy import cross_entropy_sum
 from herd_jax.models.llama import MicroBatch
@@ -17,16 +16,5 @@ def next_token(vocab_size: int, weight: jax.Array | float):
     def objective(hidden_BTD: jax.Array, output_DV: jax.Array, batch: MicroBatch):
         loss = cross_entropy_sum(hidden_BTD, output_DV, batch.targets_BT, batch.loss_mask_BT, vocab_size)
         return loss * weight, {"loss": loss}
-
-    return objective
-
-
-def logits_at(index: jax.Array):
-    """Inference: FP32 logits of the token after `index` of the row, [B, V / tp] on each tp rank. On cp 1 only."""
-
-    def objective(hidden_BTD: jax.Array, output_DV: jax.Array, batch: MicroBatch):
-        hidden_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, index, axis=1, keepdims=False)
-        logits_BV = jnp.dot(hidden_BD, output_DV, preferred_element_type=jnp.float32)
-        return logits_BV.sum(), {"logits": logits_BV}
 
     return objective

@@ -89,6 +89,7 @@ class RunConfig:
     workdir: str
     data: DataConfig
     seed: int = 0
+    init_from: str = ""  # a model in any known format: its weights to begin with, its dimensions instead of `model`
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()

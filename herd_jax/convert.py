@@ -1,0 +1,33 @@
+"""Reads a model in any known format and writes it in another.
+
+    python -m herd_jax.convert --source PATH --target DIR [--to herd|huggingface|meta] [--dtype bfloat16|float32]
+
+PATH is a Hugging Face directory, a Meta directory, a GGUF file, the workdir of a training run (its newest checkpoint), or a directory that
+this command wrote with `--to herd`.
+"""
+
+import argparse
+
+import jax
+
+from herd_jax.errors import command_line
+from herd_jax.interop.save import FORMATS, convert
+
+
+@command_line
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m herd_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--target", required=True, help="a new directory")
+    parser.add_argument("--to", choices=FORMATS, default="herd", help="default: herd")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    convert(args.source, args.target, args.to, args.dtype)
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    main()

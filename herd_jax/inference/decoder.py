@@ -1,0 +1,163 @@
+"""Prefill and decode with a KV cache: the simple exact path, as one device's share. tp splits heads, feed-forward dim and vocabulary, pp the
+layers; rows are the same on all dp and cp ranks.
+
+Rows are padded on the left, so that all of them write the cache at the same index. Weights are laid out once for matrix-vector products: one
+array a layer, and an output matrix of its own also where it is tied to the embedding.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from herd_jax.mesh import FSDP_AXES
+from herd_jax.models.attention import attention
+from herd_jax.models.config import LlamaConfig
+from herd_jax.models.llama import Layer, Llama, look_up, project, rms_norm
+from herd_jax.models.params import Layout, map_declarations
+from herd_jax.models.rope import frequencies, rotate, rotations
+from herd_jax.parallel import collectives, data, tensor
+from herd_jax.parallel.pipeline import when
+
+CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of [PP, B, K, S, H], one array a layer slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model on a mesh, layers in one chunk a pipeline rank. `dtype` is that of the weights, activations and the cache."""
+
+    model: Llama
+    layout: Layout
+    dtype: jnp.dtype
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
+
+    @functools.cached_property
+    def num_slots(self) -> int:
+        """Layer slots of a pipeline rank."""
+        return max(1, *self.layout.layers_per_stage)
+
+    @functools.cached_property
+    def prepare(self):
+        """Stored parameters -> weights for `prefill` and `decode`: whole over FSDP, a list of layers."""
+        stored = map_declarations(self.layout.spec, self.model.declared)
+
+        def prepare(params):
+            whole = data.gather_weights(params, stored, self.dtype)
+            embed, head = whole["ends"]["embed"]["table"], whole["ends"]["head"]
+            layers = [jax.tree.map(lambda w: w[slot : slot + 1], whole["layers"]) for slot in range(self.num_slots)]
+            return {"embed": embed, "norm": head["norm"], "output": embed.T if self.config.tie_embeddings else head["output"], "layers": layers}
+
+        return self._jit(prepare, (stored,), self._weight_specs)
+
+    @functools.cached_property
+    def prefill(self):
+        """(weights, ids [B, T], padding [B], cache size S) -> (FP32 logits [B, V] after the last id, cache). The first `padding` ids of a row
+        are not looked at; T >= 1, S >= T."""
+        return functools.cache(self._prefill_of_size)
+
+    def _prefill_of_size(self, cache_size: int):
+        def run(weights, ids_BT, padding_B):
+            rotation, T = self._rotation(jnp.arange(ids_BT.shape[1]), padding_B), ids_BT.shape[1]
+            index_BT = jnp.broadcast_to(jnp.arange(T), ids_BT.shape)
+            start_BT = jnp.broadcast_to(padding_B[:, None], ids_BT.shape)
+
+            def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+                grow = lambda a: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, cache_size - T), (0, 0)))[None]
+                o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start_BT, index_BT + 1, "blockwise", causal_rows=True)
+                return o_BTNH, (grow(k_BTKH), grow(v_BTKH))
+
+            heads = weights["layers"][0]["qkv"].shape[2]
+            empty = jnp.zeros((1, ids_BT.shape[0], heads, cache_size, self.config.head_dim), self.dtype)
+            return self._forward(weights, ids_BT, rotation, attend, [(empty, empty)] * self.num_slots)
+
+        return self._jit(run, (self._weight_specs, PartitionSpec(), PartitionSpec()), (PartitionSpec(), self._cache_specs))
+
+    @functools.cached_property
+    def decode(self):
+        """(weights, cache, ids [B], padding [B], index) -> (FP32 logits [B, V] after `ids`, cache with them at `index`); the cache is donated."""
+
+        def run(weights, cache, ids_B, padding_B, index):
+            rotation = self._rotation(index[None], padding_B)
+
+            def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+                write = lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2)[None], index, axis=3)
+                cache = write(cache[0], k_BTKH), write(cache[1], v_BTKH)
+                return cached_attention(q_BTNH, cache[0][0], cache[1][0], padding_B, index), cache
+
+            return self._forward(weights, ids_B[:, None], rotation, attend, cache)
+
+        specs = (self._weight_specs, self._cache_specs, PartitionSpec(), PartitionSpec(), PartitionSpec())
+        return self._jit(run, specs, (PartitionSpec(), self._cache_specs), donate_argnums=1)
+
+    def _forward(self, weights, ids_BT, rotation, attend, cache):
+        """Logits [B, V] of the last index, and the cache. `attend(q, k, v, cache of the layer) -> (o, cache of the layer)`."""
+        cache = list(cache)
+        index_BT, mine_BT = tensor.vocabulary_slice(ids_BT, weights["embed"].shape[0])
+        x_BTD = collectives.all_reduce(look_up(weights["embed"], index_BT, mine_BT), "tp")
+        for stage, num_layers in enumerate(self.layout.layers_per_stage):
+            for slot in range(num_layers):
+
+                def layer(carry, slot=slot):
+                    x_BTD, of_layer = carry
+                    w = jax.tree.map(lambda a: a[0], weights["layers"][slot])
+                    return self._layer(w, x_BTD, rotation, functools.partial(attend, cache=of_layer))
+
+                if len(self.layout.layers_per_stage) == 1:
+                    x_BTD, cache[slot] = layer((x_BTD, cache[slot]))
+                else:  # the ranks of other stages wait
+                    mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
+                    x_BTD, cache[slot] = when(mine, layer, (x_BTD, cache[slot]))
+            if len(self.layout.layers_per_stage) > 1:
+                x_BTD = collectives.all_reduce(jnp.where(lax.axis_index("pp") == stage, x_BTD, 0), "pp")
+        x_BD = rms_norm(x_BTD[:, -1:], weights["norm"], self.config.norm_eps)[:, 0]
+        logits_BV = jnp.dot(x_BD, weights["output"], preferred_element_type=jnp.float32)
+        return collectives.all_gather(logits_BV, "tp", dim=1)[:, : self.config.vocab_size], cache
+
+    def _layer(self, w, x_BTD, rotation, attend):
+        sum_over_tp = lambda x: collectives.all_reduce(x.astype(jnp.float32), "tp").astype(self.dtype)
+        qkv = project(rms_norm(x_BTD, w["attention_norm"], self.config.norm_eps), w["qkv"])  # [B, T, K, G + 2, H]
+        qk, v_BTKH = rotate(qkv[..., :-1, :], *rotation), qkv[..., -1, :]
+        q_BTNH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1])
+        o_BTNH, cache = attend(q_BTNH, qk[..., -1, :], v_BTKH)
+        x_BTD = x_BTD + sum_over_tp(Layer.project_out(o_BTNH, w["out"]))
+        gate_up = project(rms_norm(x_BTD, w["ffn_norm"], self.config.norm_eps), w["gate_up"])
+        return x_BTD + sum_over_tp(Layer.swiglu(gate_up, w["down"])), cache
+
+    def _rotation(self, index_T, padding_B):
+        positions_BT = jnp.maximum(index_T[None] - padding_B[:, None], 0)
+        return rotations(positions_BT, frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
+
+    @property
+    def _weight_specs(self):
+        whole = lambda spec: PartitionSpec(*(None if axes == FSDP_AXES else axes for axes in spec))
+        specs = map_declarations(lambda d: whole(self.layout.spec(d)), self.model.declared)
+        return {"embed": PartitionSpec("tp"), "norm": PartitionSpec(), "output": PartitionSpec(None, "tp"), "layers": [specs["layers"]] * self.num_slots}
+
+    @property
+    def _cache_specs(self):
+        return [(CACHE_SPEC, CACHE_SPEC)] * self.num_slots
+
+    def _jit(self, function, in_specs, out_specs, **options):
+        if self.dtype == jnp.float32:  # not TF32, where a GPU would take it
+            function = jax.default_matmul_precision("highest")(function)
+        mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, **options)
+
+
+def cached_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, padding_B: jax.Array, index: jax.Array) -> jax.Array:
+    """Attention of one query a row (T = 1) at `index` with the keys padding .. index of the cache."""
+    B, _, N, H = q_BTNH.shape
+    q_BKGH = q_BTNH.reshape(B, k_BKSH.shape[1], -1, H)
+    s_BKGS = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) / math.sqrt(H)
+    key = jnp.arange(k_BKSH.shape[2])
+    visible_BS = (padding_B[:, None] <= key) & (key <= index)
+    p_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], s_BKGS, -jnp.inf), axis=-1)
+    o_BKGH = jnp.einsum("bkgs,bksh->bkgh", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    return o_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype)

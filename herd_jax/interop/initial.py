@@ -1,0 +1,40 @@
+"""The weights of any known format as those that a training run begins with."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from herd_jax.errors import UserError
+from herd_jax.interop.load import load_params, open_source
+from herd_jax.interop.source import Source
+from herd_jax.models.config import ModelConfig
+from herd_jax.text.tokenizer import Tokenizer
+from herd_jax.training.step import Steps
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    source: Source
+
+    @classmethod
+    def open(cls, path: str) -> "InitialWeights":
+        """Raises UserError as `open_source`."""
+        return cls(open_source(path))
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Every dimension of the source, so that a run's config does not depend on a name."""
+        dimensions = {field.name: getattr(self.source.config, field.name) for field in dataclasses.fields(self.source.config)}
+        return ModelConfig(**dimensions)
+
+    def load_params(self, steps: Steps) -> Any:
+        return load_params(self.source, steps.layout, steps.model.declared, jnp.float32)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        mine = self.source.tokenizer
+        if mine is not None and mine.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"data.sources were made with another tokenizer than init_from {self.source.path} has: make them again with "
+                f"python -m herd_jax.tokenize --tokenizer {self.source.tokenizer_path}"
+            )

@@ -1,0 +1,85 @@
+"""Opens a model of any known format, and reads its parameters straight into a mesh."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from herd_jax.errors import UserError
+from herd_jax.interop import gguf, herd, huggingface, meta, workdir
+from herd_jax.interop.mapping import parameter_name
+from herd_jax.interop.source import Source
+from herd_jax.models.params import Declaration, Layout, is_declaration
+from herd_jax.text.gguf_tokenizer import GGUF_MAGIC
+
+PyTree = Any
+
+
+def open_source(path: str | Path) -> Source:
+    """The model at `path`, its format found by looking: a Hugging Face, Meta or herd directory, a GGUF file or the directory of one, or the
+    workdir of a training run. Raises UserError for what is none of them, or is damaged."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
+                return gguf.open_gguf(path)
+        raise UserError(f"{path} is no GGUF file: name one, or the directory of a model")
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: name the directory of a model, or a GGUF file")
+    for sign, opener in (
+        (herd.CONFIG_FILE, herd.open_herd),
+        (huggingface.CONFIG_FILE, huggingface.open_huggingface),
+        (meta.CONFIG_FILE, meta.open_meta),
+        (workdir.CHECKPOINTS, workdir.open_workdir),
+    ):
+        if (path / sign).exists():
+            return opener(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return gguf.open_gguf(files[0])
+    if files:
+        raise UserError(f"{path} holds {len(files)} GGUF files: name one of them")
+    signs = "config.json (Hugging Face), params.json (Meta), herd.json, checkpoints (a training run) or a GGUF file"
+    raise UserError(f"{path} holds no model: one has {signs}; name another directory")
+
+
+def load_params(source: Source, layout: Layout, declared: PyTree, dtype) -> PyTree:
+    """The parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype`.
+
+    Each process reads only what its own devices hold, and its memory holds one device's share of one parameter at a time.
+    """
+
+    def place(path, declaration: Declaration) -> jax.Array:
+        name, shape = parameter_name(path), layout.stored_shape(declaration)
+
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = [range(size)[part] for part, size in zip(index, shape)]
+            if declaration.num_layers:
+                return _read_layers(source, name, layout.layer_of_slot[index[0]], bounds[1:], declaration.shape, dtype)
+            return _read_layers(source, name, [None], bounds, declaration.shape, dtype)[0]
+
+        return jax.make_array_from_callback(shape, layout.sharding(declaration), share, dtype=dtype)
+
+    return jax.tree_util.tree_map_with_path(place, declared, is_leaf=is_declaration)
+
+
+def _read_layers(source: Source, name: str, layers: Sequence, bounds: list[range], shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Layers of a parameter of `shape`, stacked, within `bounds`; zero where a slot has no layer (-1) and beyond the shape."""
+    index = tuple(slice(min(part.start, size), min(part.stop, size)) for part, size in zip(bounds, shape))
+    filled = tuple(slice(part.stop - part.start) for part in index)
+    sizes, stack = [len(part) for part in bounds], None
+    for slot, layer in enumerate(layers):
+        if layer is None or layer >= 0:
+            values = source.read(name, layer, index)
+            stack = _zeros_like(values, len(layers), sizes, dtype) if stack is None else stack
+            stack[slot][filled] = values
+    return np.zeros((len(layers), *sizes), dtype) if stack is None else stack
+
+
+def _zeros_like(values: np.ndarray, num_layers: int, sizes: list[int], dtype) -> np.ndarray:
+    """[num_layers, *sizes] with the dims of a layer in memory as those of `values`: jax transposes fast on the way to a device, numpy
+    slowly."""
+    order = np.argsort([-stride for stride in values.strides], kind="stable")
+    return np.zeros((num_layers, *(sizes[dim] for dim in order)), dtype).transpose(0, *(1 + np.argsort(order)))

@@ -1,0 +1,184 @@
+"""How our parameters lie in the tensors of other formats, said once for both ways.
+
+Parameters go by their path in the declaration: "ends.embed.table", "layers.qkv". Each is one tensor of a file, or a few one after the
+other; projections are stored by others as [out, in], all heads in one dim.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from herd_jax.models.config import LlamaConfig
+from herd_jax.models.llama import Llama
+from herd_jax.models.params import Declaration, is_declaration
+
+
+def parameters(config: LlamaConfig) -> dict[str, Declaration]:
+    """The declarations of a model by name, in the order in which files have them."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(Llama.make(config).declared, is_leaf=is_declaration)
+    return {parameter_name(path): declaration for path, declaration in paths}
+
+
+def parameter_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor of a file, of `shape`. Its dims split up to `split` and permuted by `order` are those of our parameter. Where
+    `adjacent_pairs`, RoPE rotates the dims 2i and 2i + 1 of its heads (dim -2 of `split`); ours are i and i + H / 2."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    adjacent_pairs: bool = False
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        return tuple(np.argsort(self.order))
+
+    def to_ours(self, array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        """What `index`, in our dims, takes of the tensor; a view of it where possible."""
+        array = array.reshape(self.split)[tuple(index[dim] for dim in self.inverse)]
+        if self.adjacent_pairs:
+            array = _reorder_pairs(array, (self.split[-2] // 2, 2))
+        return array.transpose(self.order)
+
+    def to_file(self, ours: np.ndarray) -> np.ndarray:
+        """The whole tensor, contiguous."""
+        array = in_c_order(ours.transpose(self.inverse))
+        if self.adjacent_pairs:
+            array = _reorder_pairs(array, (2, self.split[-2] // 2))
+        return array.reshape(self.shape)
+
+
+def _reorder_pairs(array: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
+    """Swaps the two dims that make up dim -2."""
+    return array.reshape(*array.shape[:-2], *pairs, array.shape[-1]).swapaxes(-3, -2).reshape(array.shape)
+
+
+def in_c_order(array: np.ndarray) -> np.ndarray:
+    """numpy transposes at a tenth of the memory's speed; jax, on the way to a device, at half of it."""
+    return array if array.flags.c_contiguous else np.asarray(jax.device_put(array, jax.local_devices()[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """A parameter: the `pieces` of it lie one after the other along `dim`, in tensors with "{layer}" in their names if it is a layer's."""
+
+    declaration: Declaration
+    pieces: tuple[Piece, ...]
+    dim: int = 0
+
+    def split(self, ours: np.ndarray) -> list[np.ndarray]:
+        """A layer of the parameter, by pieces."""
+        sizes = [piece.split[piece.order[self.dim]] for piece in self.pieces]
+        return np.split(ours, np.cumsum(sizes)[:-1], self.dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a format calls its tensors ("{layer}" stands for the layer's number), and which pairs of a head's dims RoPE rotates there."""
+
+    embedding: str
+    norm: str
+    output: str
+    attention_norm: str
+    query: str
+    key: str
+    value: str
+    out: str
+    ffn_norm: str
+    gate: str
+    up: str
+    down: str
+    adjacent_pairs: bool
+
+    def map(self, config: LlamaConfig) -> dict[str, Mapped]:
+        """Every parameter of a model."""
+        c, A = config, self.adjacent_pairs
+        D, F, V, K, H = c.dim, c.ffn_dim, c.vocab_size, c.num_kv_heads, c.head_dim
+        N, G = c.num_heads, c.num_heads // c.num_kv_heads
+        whole = lambda tensor, *shape: Piece(tensor, shape, shape, tuple(range(len(shape))))
+        transposed = lambda tensor, *shape: Piece(tensor, shape, shape, (1, 0))
+        heads = lambda tensor, group, pairs: Piece(tensor, (K * group * H, D), (K, group, H, D), (3, 0, 1, 2), pairs)
+        half = lambda tensor: Piece(tensor, (F, D), (1, F, D), (2, 0, 1))
+        pieces = {
+            "ends.embed.table": (whole(self.embedding, V, D),),
+            "ends.head.norm": (whole(self.norm, D),),
+            "ends.head.output": (transposed(self.output, V, D),),
+            "layers.attention_norm": (whole(self.attention_norm, D),),
+            "layers.qkv": (heads(self.query, G, A), heads(self.key, 1, A), heads(self.value, 1, False)),
+            "layers.out": (Piece(self.out, (D, N * H), (D, K, G, H), (1, 2, 3, 0)),),
+            "layers.ffn_norm": (whole(self.ffn_norm, D),),
+            "layers.gate_up": (half(self.gate), half(self.up)),
+            "layers.down": (transposed(self.down, D, F),),
+        }
+        dims = {"layers.qkv": 2, "layers.gate_up": 1}
+        return {name: Mapped(d, pieces[name], dims.get(name, 0)) for name, d in parameters(config).items()}
+
+
+def walk(mapping: dict[str, Mapped]) -> Iterator[tuple[str, int | None]]:
+    """(name, layer) of every parameter in the order of a file: a parameter's layers follow each other."""
+    for name, mapped in mapping.items():
+        yield from ((name, layer) for layer in range(mapped.declaration.num_layers) or [None])
+
+
+def tensor_shapes(mapping: dict[str, Mapped]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors by name, in that order."""
+    return {piece.tensor.format(layer=layer): piece.shape for name, layer in walk(mapping) for piece in mapping[name].pieces}
+
+
+def num_bytes(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> int:
+    return sum(map(math.prod, shapes.values())) * dtype.itemsize
+
+
+HUGGING_FACE = Names(
+    embedding="model.embed_tokens.weight",
+    norm="model.norm.weight",
+    output="lm_head.weight",
+    attention_norm="model.layers.{layer}.input_layernorm.weight",
+    query="model.layers.{layer}.self_attn.q_proj.weight",
+    key="model.layers.{layer}.self_attn.k_proj.weight",
+    value="model.layers.{layer}.self_attn.v_proj.weight",
+    out="model.layers.{layer}.self_attn.o_proj.weight",
+    ffn_norm="model.layers.{layer}.post_attention_layernorm.weight",
+    gate="model.layers.{layer}.mlp.gate_proj.weight",
+    up="model.layers.{layer}.mlp.up_proj.weight",
+    down="model.layers.{layer}.mlp.down_proj.weight",
+    adjacent_pairs=False,
+)
+META = Names(
+    embedding="tok_embeddings.weight",
+    norm="norm.weight",
+    output="output.weight",
+    attention_norm="layers.{layer}.attention_norm.weight",
+    query="layers.{layer}.attention.wq.weight",
+    key="layers.{layer}.attention.wk.weight",
+    value="layers.{layer}.attention.wv.weight",
+    out="layers.{layer}.attention.wo.weight",
+    ffn_norm="layers.{layer}.ffn_norm.weight",
+    gate="layers.{layer}.feed_forward.w1.weight",
+    up="layers.{layer}.feed_forward.w3.weight",
+    down="layers.{layer}.feed_forward.w2.weight",
+    adjacent_pairs=True,
+)
+GGUF = Names(
+    embedding="token_embd.weight",
+    norm="output_norm.weight",
+    output="output.weight",
+    attention_norm="blk.{layer}.attn_norm.weight",
+    query="blk.{layer}.attn_q.weight",
+    key="blk.{layer}.attn_k.weight",
+    value="blk.{layer}.attn_v.weight",
+    out="blk.{layer}.attn_output.weight",
+    ffn_norm="blk.{layer}.ffn_norm.weight",
+    gate="blk.{layer}.ffn_gate.weight",
+    up="blk.{layer}.ffn_up.weight",
+    down="blk.{layer}.ffn_down.weight",
+    adjacent_pairs=True,
+)

@@ -1,0 +1,115 @@
+"""Writes a model as a directory, one tensor at a time. A directory that is there is complete: it is written under another name."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from herd_jax.errors import UserError
+from herd_jax.interop import herd, huggingface, meta
+from herd_jax.interop.load import open_source
+from herd_jax.interop.mapping import Mapped, num_bytes, parameter_name, tensor_shapes, walk
+from herd_jax.interop.source import check_tokenizer
+from herd_jax.models.config import LlamaConfig
+from herd_jax.models.params import Layout, is_declaration
+from herd_jax.text.tokenizer import Tokenizer
+
+FORMATS = {"herd": herd, "huggingface": huggingface, "meta": meta}
+
+PyTree = Any
+Read = Callable[[str, int | None], np.ndarray]  # as Source.read
+
+
+def convert(source: str, target: str, to: str = "herd", dtype: str | None = None) -> None:
+    """Writes the model at `source` to the new directory `target`, in its own dtype or another. Raises UserError as `open_source` and
+    `save` do."""
+    model = open_source(source)
+    save(target, to, model.config, model.read, dtype or model.dtype, model.tokenizer, model.context_length)
+
+
+def save(target: str | Path, to: str, config: LlamaConfig, read: Read, dtype, tokenizer: Tokenizer | None = None,
+         context_length: int | None = None) -> None:  # fmt: skip
+    """Writes a model to the new directory `target` in the format `to` (of FORMATS), its weights in `dtype`.
+
+    `read(name, layer)` gives a parameter as `Source.read` does: by its path in the declaration, in its declared shape, one layer of it.
+    Raises UserError where the target exists or cannot be written, or where the format cannot say what the model is.
+    """
+    target = Path(target).expanduser().absolute()
+    if to not in FORMATS:
+        raise UserError(f"--to is '{to}': it must be one of {', '.join(FORMATS)}")
+    if target.exists():
+        raise UserError(f"{target} exists: name a new directory, or remove it")
+    if tokenizer:
+        check_tokenizer(config, tokenizer)
+    if context_length is None:  # that of Llama 3.1 and later, and of Llama 3
+        context_length = 131_072 if config.rope_scaling else 8192
+    dtype, mapping = np.dtype(dtype), FORMATS[to].map_parameters(config)
+    with _complete_or_absent(target) as directory, _progress(target.name, num_bytes(tensor_shapes(mapping), dtype)) as advance:
+        arrays = _arrays(mapping, read, dtype, advance)
+        FORMATS[to].write(directory, config, dtype, arrays, tokenizer, context_length)
+
+
+def reader(layout: Layout, declared: PyTree, params: PyTree) -> Read:
+    """`read` for the parameters of `declared` that lie on a mesh as `layout` stores them, all of it on this process's devices."""
+    named = lambda tree: {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_declaration)}
+    declarations, stored = named(declared), named(params)
+    slot_of_layer = {int(layer): slot for slot, layer in enumerate(layout.layer_of_slot)}
+
+    def read(name: str, layer: int | None = None) -> np.ndarray:
+        array, slot = stored[name], None if layer is None else slot_of_layer[layer]
+        assert array.is_fully_addressable
+        whole = np.empty(array.shape if slot is None else array.shape[1:], array.dtype)
+        for shard in array.addressable_shards:  # put together on the host: gathering on the devices would cost each of them the memory
+            data, place = shard.data, shard.index
+            if slot is not None:
+                first, last, _ = place[0].indices(len(array))
+                if not first <= slot < last:
+                    continue
+                data, place = jax.lax.dynamic_index_in_dim(data, slot - first, keepdims=False), place[1:]
+            if shard.replica_id == 0:
+                whole[place] = data
+        return whole[tuple(map(slice, declarations[name].shape))]
+
+    return read
+
+
+def _arrays(mapping: dict[str, Mapped], read: Read, dtype: np.dtype, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """The tensors of a file in the order of `tensor_shapes`."""
+    for name, layer in walk(mapping):
+        for piece, part in zip(mapping[name].pieces, mapping[name].split(read(name, layer))):
+            array = piece.to_file(part.astype(dtype, copy=False))
+            yield array
+            advance(array.nbytes)
+
+
+@contextlib.contextmanager
+def _complete_or_absent(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that becomes it at the end, and is removed after an error."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
+        try:
+            yield directory
+            directory.chmod(0o755)
+            directory.rename(target)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target} ({error.strerror or error}): mend that and give the same command again") from error
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A line on the terminal; the function advances it by a number of bytes."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda num_bytes: progress.advance(task, num_bytes)

@@ -1,0 +1,118 @@
+"""A model to read from, whatever its format: config, dtype, tokenizer, and every parameter a layer at a time."""
+
+import abc
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from herd_jax.errors import UserError
+from herd_jax.interop.mapping import Mapped, tensor_shapes
+from herd_jax.models.config import LlamaConfig
+from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(abc.ABC):
+    """`dtype` is that of the stored tensors, the widest where they differ. `context_length`, in tokens, and `tokenizer_path`, which
+    `load_tokenizer` reads, are None where the source does not have them."""
+
+    path: Path
+    config: LlamaConfig
+    dtype: np.dtype
+    context_length: int | None
+    tokenizer_path: Path | None
+
+    @abc.abstractmethod
+    def read(self, name: str, layer: int | None = None, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The part of a parameter that `index` takes (default: all), of one layer if it is a layer's.
+
+        `name` is its path in the declaration ("ends.embed.table", "layers.qkv"), `index` is in its declared shape; "layers.qkv" and
+        "layers.gate_up" are not cut in the dim that joins projections. The result has the stored dtype and any memory order, and may be
+        a view of a mapped file. Raises UserError where the data is damaged.
+        """
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the source has none. Raises UserError where it has more ids than the model has rows."""
+        tokenizer = self.tokenizer_path and load_tokenizer(self.tokenizer_path)
+        if tokenizer:
+            check_tokenizer(self.config, tokenizer)
+        return tokenizer
+
+
+def check_tokenizer(config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the tokenizer has ids for which the model has no embedding."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocabulary {config.vocab_size} rows: "
+            "they do not belong together, so put the model's own tokenizer beside it"
+        )
+
+
+class Tensors(Protocol):
+    """The tensors of a file format, by name."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedSource(Source):
+    """A source whose parameters are made of named tensors."""
+
+    mapping: dict[str, Mapped]
+    tensors: Tensors
+
+    @classmethod
+    def make(cls, path: Path, config: LlamaConfig, context_length: int | None, tokenizer_path: Path | None, mapping: dict[str, Mapped],
+             tensors: Tensors, ignored: tuple[str, ...] = ()) -> "MappedSource":  # fmt: skip
+        """Raises UserError naming the first tensor that is missing, of another shape than the config says, or neither of the mapping's nor
+        `ignored` (by the end of its name)."""
+        wanted = tensor_shapes(mapping)
+        for name, shape in wanted.items():
+            if name not in tensors.shapes:
+                raise UserError(f"{path} lacks the tensor {name}: its config asks for it, so take a complete copy of the model")
+            if tensors.shapes[name] != shape:
+                raise UserError(
+                    f"{name} in {path} is {_text(tensors.shapes[name])} and its config asks for {_text(shape)}: use the config of these weights"
+                )
+        for name in tensors.shapes:
+            if name not in wanted and not name.endswith(ignored):
+                raise UserError(f"{path} has the tensor {name}, which a Llama of its config has not: only plain Llamas are read")
+        dtype = np.result_type(*{tensors.dtypes[name] for name in wanted})
+        return cls(path, config, dtype, context_length, tokenizer_path, mapping, tensors)
+
+    def read(self, name, layer=None, index=None):
+        mapped = self.mapping[name]
+        shape, pieces = mapped.declaration.shape, mapped.pieces
+        index = index or (slice(None),) * len(shape)
+        parts = [piece.to_ours(self.tensors.read(piece.tensor.format(layer=layer)), index) for piece in pieces]
+        if len(parts) == 1:
+            return parts[0]
+        shape = [*parts[0].shape]
+        shape[mapped.dim] = sum(part.shape[mapped.dim] for part in parts)
+        whole = np.empty([shape[dim] for dim in pieces[0].inverse], np.result_type(*parts)).transpose(pieces[0].order)  # in the file's order
+        return np.concatenate(parts, mapped.dim, out=whole)
+
+
+def parse_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `parse` makes of a JSON file. Raises UserError where the file is damaged or lacks a field."""
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error.args[0]}: take a complete copy of the model") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the description of a model: copy it again") from error
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

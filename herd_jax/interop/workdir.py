@@ -1,0 +1,82 @@
+"""The newest checkpoint of a training run: its parameters, a few layers at a time, without the optimizer's state."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tensorstore
+
+from herd_jax.config import parse
+from herd_jax.errors import UserError
+from herd_jax.interop.mapping import parameters
+from herd_jax.interop.source import Source
+from herd_jax.training.checkpoint import Checkpointer
+from herd_jax.training.run import RunConfig
+
+CHECKPOINTS = "checkpoints"
+
+
+def open_workdir(workdir: Path) -> Source:
+    """Raises UserError where no checkpoint is, or none is readable."""
+    newest = Checkpointer(workdir / CHECKPOINTS, keep=1).newest()
+    if newest is None:
+        raise UserError(f"{workdir} has no readable checkpoint: train longer, or wait for the first one")
+    directory, record = newest
+    run = parse(RunConfig, record["config"])
+    context_length = max(phase.seq_len for phase in run.train.ramp.phases)
+    return CheckpointSource(
+        workdir, run.model.resolve(), np.dtype(np.float32), context_length, workdir / "tokenizer", directory, record["checksums"]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSource(Source):
+    """`directory` is that of the state; `checksums` are those of its leaves. A parameter that is read whole is verified."""
+
+    directory: Path
+    checksums: dict[str, int]
+    _block: dict = dataclasses.field(default_factory=dict)  # the layers read last: they lie in one chunk, which is read as a whole
+    _sums: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    def read(self, name, layer=None, index=None):
+        declaration = parameters(self.config)[name]
+        where = index or tuple(slice(0, size) for size in declaration.shape)
+        try:
+            values = self._read(name, where) if layer is None else self._read_layer(name, layer, where)
+        except (ValueError, OSError) as error:  # tensorstore's, of damaged files
+            raise UserError(self._damaged(name)) from error
+        if index is None:
+            sums = self._sums.setdefault(name, [])
+            sums.append(_checksum(values, layer or 0))
+            if len(sums) == max(1, declaration.num_layers):
+                if sum(self._sums.pop(name)) % 2**32 != self.checksums[".params" + "".join(f"['{key}']" for key in name.split("."))]:
+                    raise UserError(self._damaged(name))
+        return values
+
+    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._open(name)[index].read().result()
+
+    def _read_layer(self, name: str, layer: int, index: tuple[slice, ...]) -> np.ndarray:
+        store = self._open(name)
+        depth = store.chunk_layout.read_chunk.shape[0]
+        first = layer - layer % depth
+        key = (name, first, str(index))
+        if key not in self._block:
+            self._block.clear()
+            self._block[key] = store[(slice(first, min(first + depth, store.shape[0])), *index)].read().result()
+        return self._block[key][layer - first]
+
+    def _open(self, name: str) -> tensorstore.TensorStore:
+        """As Orbax writes an array."""
+        base = {"driver": "ocdbt", "base": f"file://{self.directory}/", "path": f"params.{name}/"}
+        return tensorstore.open({"driver": "zarr", "kvstore": base}, open=True, read=True).result()
+
+    def _damaged(self, name: str) -> str:
+        return f"the checkpoint {self.directory.parent} is damaged ({name}): move it away to use the one before it"
+
+
+def _checksum(values: np.ndarray, layer: int) -> int:
+    """A layer's share of the checkpoint's checksum of the parameter."""
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
+    index = np.arange(layer * bits.size, (layer + 1) * bits.size, dtype=np.uint64).astype(np.uint32)
+    return int((bits * (2 * index + 1)).sum(dtype=np.uint32))

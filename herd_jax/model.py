@@ -1,0 +1,227 @@
+"""The Python API: a model loaded from any checkpoint, to score, generate, chat with, and save."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from herd_jax.errors import UserError
+from herd_jax.inference.decoder import Decoder
+from herd_jax.inference.sampling import choose
+from herd_jax.inference.scoring import Scorer, bucket
+from herd_jax.interop import save as interop
+from herd_jax.interop.load import load_params, open_source
+from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.models.config import LlamaConfig
+from herd_jax.models.llama import Llama
+from herd_jax.models.params import Layout
+from herd_jax.text import chat
+from herd_jax.text.streaming import StreamingDecoder
+from herd_jax.text.tokenizer import Tokenizer
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class TextLoss(NamedTuple):
+    """Of one text: its tokens after the first, each predicted from those before it. The first is the begin token where the model has one."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+
+def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
+    """The model at `path`: a Hugging Face, Meta or herd directory, a GGUF file, or the workdir of a training run.
+
+    `mesh`: one device where there is none. `dtype` of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
+    accelerators and float32 on CPU. Raises UserError for what cannot be read or laid out.
+    """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
+    if not isinstance(mesh, Mesh):
+        mesh = make_mesh(mesh) if mesh else make_mesh(MeshConfig(dp=1), jax.devices()[:1])
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    source = open_source(path)
+    source.config.check_mesh(mesh)
+    model, layout = Llama.make(source.config, "blockwise"), Layout.make(mesh, source.config.num_layers)
+    compute = DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
+    params = load_params(source, layout, model.declared, compute)
+    return Model(model, layout, params, source.tokenizer, source.context_length, compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Parameters on a mesh and their tokenizer. `context_length` in tokens; None: no limit is known."""
+
+    llama: Llama
+    layout: Layout
+    params: dict
+    tokenizer: Tokenizer | None
+    context_length: int | None
+    dtype: jnp.dtype
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.llama.config
+
+    def logits(self, token_ids) -> np.ndarray:
+        """FP32 [B, S, V] of int [B, S]: after each token, the logits of the next."""
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"token_ids is {ids.dtype} of shape {ids.shape}: give integers of shape [batch, sequence], at least one")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise UserError(f"token_ids reach from {ids.min()} to {ids.max()}: they must lie between 0 and {self.config.vocab_size - 1}")
+        self._check_length(ids.shape[1], "token_ids")
+        return self._scorer.logits(self.params, ids)
+
+    def loss(self, texts: Sequence[str]) -> list[TextLoss]:
+        """Of each text."""
+        return [self._loss(text) for text in _several(texts, "texts")]
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:  # fmt: skip
+        """What follows each prompt, up to a stop token of the tokenizer or one of the `stop` strings, both left out. Temperature 0 takes the
+        likeliest token."""
+        rows = [self._prompt_ids(prompt) for prompt in _several(prompts, "prompts")]
+        return ["".join(parts) for parts in zip(*self._stream(rows, max_new_tokens, temperature, top_p, seed, stop))] if rows else []
+
+    def stream(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
+        """As `generate`, of one prompt, in pieces as they come."""
+        return (text for (text,) in self._stream([self._prompt_ids(prompt)], max_new_tokens, temperature, top_p, seed, stop))
+
+    def stream_chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
+        """The assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come."""
+        ids = chat.render(messages, self._tokenizer(), add_assistant_header=True).ids
+        return (text for (text,) in self._stream([list(ids)], max_new_tokens, temperature, top_p, seed, stop))
+
+    def chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> str:
+        """The assistant's answer to a dialog of dicts with "role" and "content"."""
+        return "".join(self.stream_chat(messages, max_new_tokens, temperature, top_p, seed, stop))
+
+    def save(self, directory: str | Path, format: str = "herd") -> None:
+        """Writes the model, in the dtype it is held in, and its tokenizer as "herd", "huggingface" or "meta".
+
+        Raises UserError if the directory exists or the format is another.
+        """
+        interop.save(directory, format, self.config, self._read, self.dtype, self.tokenizer, self.context_length)
+
+    def _read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A parameter in its declared shape, one layer of it if it is a layer's."""
+        leaf, declaration = self.params, self.llama.declared
+        for key in name.split("."):
+            leaf, declaration = leaf[key], declaration[key]
+        if layer is not None:
+            leaf = leaf[int(np.flatnonzero(self.layout.layer_of_slot == layer)[0])]
+        return np.asarray(leaf[tuple(map(slice, declaration.shape))])
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.llama, self.layout, self.dtype)
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.llama, self.layout, self.dtype)
+
+    @functools.cached_property
+    def _weights(self):
+        return self._decoder.prepare(self.params)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer beside it, so it takes token ids only: put the tokenizer's files into its directory")
+        return self.tokenizer
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        tokenizer = self._tokenizer()
+        ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+        if not ids:
+            raise UserError("the prompt is empty and the tokenizer has no token to begin with: give a prompt of at least one character")
+        return ids
+
+    def _check_length(self, num_tokens: int, what: str) -> None:
+        if self.context_length is not None and num_tokens > self.context_length:
+            raise UserError(f"{what} {num_tokens} tokens long: the model's context holds {self.context_length}; shorten it")
+
+    def _loss(self, text: str) -> TextLoss:
+        ids = self._prompt_ids(text)
+        if len(ids) < 2:
+            raise UserError(f"the text {text!r} is one token: a loss needs a token before the one that is predicted; give a longer text")
+        self._check_length(len(ids), "the text is")
+        nats = self._scorer.loss(self.params, np.asarray([ids]), np.ones((1, len(ids)), bool))
+        return TextLoss(nats / (len(ids) - 1), nats / math.log(2) / len(text.encode()))
+
+    def _stream(self, rows: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int, stop) -> Iterator[list[str]]:
+        """The new text of each row, token by token; "" for a row that has ended."""
+        if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
+            raise UserError(f"max_new_tokens {max_new_tokens} must be 1 or more, temperature {temperature} 0 or more, top_p {top_p} in (0, 1]")
+        self._check_length(max(map(len, rows)), "the prompt is")
+        rooms = [max_new_tokens if self.context_length is None else min(max_new_tokens, self.context_length - len(row)) for row in rows]
+        stops = [_Stop(self._tokenizer(), stop, room) for room in rooms]
+        for ids in self._steps(rows, max(rooms), temperature, top_p, seed):
+            yield [of_row.push(int(token)) for of_row, token in zip(stops, ids)]
+            if all(of_row.ended for of_row in stops):
+                break
+        yield [of_row.flush() for of_row in stops]
+
+    def _steps(self, rows: list[list[int]], num_steps: int, temperature: float, top_p: float, seed: int) -> Iterator[np.ndarray]:
+        """New ids [B], step by step."""
+        size, batch = bucket(max(map(len, rows))), bucket(len(rows), least=1)
+        ids, padding = np.zeros((batch, size), np.int32), np.full(batch, size - 1, np.int32)
+        for i, row in enumerate(rows):
+            ids[i, size - len(row) :], padding[i] = row, size - len(row)
+        draw = functools.partial(choose, temperature=temperature, top_p=top_p, greedy=temperature == 0, nucleus=top_p < 1)
+        logits, cache = self._decoder.prefill(bucket(size + num_steps))(self._weights, ids, padding)
+        for step in range(num_steps):
+            new = draw(logits, seed, step)
+            yield np.asarray(new)[: len(rows)]
+            if step + 1 < num_steps:
+                logits, cache = self._decoder.decode(self._weights, cache, new, padding, jnp.int32(size + step))
+
+
+class _Stop:
+    """The text of one row: pushes tokens, holds back what may become a stop string, and knows when the row has ended."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], room: int):
+        self.decoder, self.stop_ids, self.stop, self.room = StreamingDecoder(tokenizer), set(tokenizer.stop_ids), _several(stop, "stop"), room
+        self.held, self.ended = "", room < 1
+
+    def push(self, token: int) -> str:
+        if self.ended:
+            return ""
+        self.room -= 1
+        if token in self.stop_ids:
+            self.ended = True
+            return ""
+        self.held += self.decoder.push(token)
+        self.ended = self.room == 0
+        found = min((self.held.find(text) for text in self.stop if text in self.held), default=-1)
+        if found >= 0:
+            text, self.held, self.ended, self.decoder = self.held[:found], "", True, None
+            return text
+        # A tail that a stop string begins with waits for what follows.
+        keep = max((n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when nothing more comes."""
+        if self.decoder is None:
+            return ""
+        text = self.held + self.decoder.flush()
+        found = min((text.find(stop) for stop in self.stop if stop in text), default=len(text))
+        return text[:found]
+
+
+def _several(texts, name: str) -> list[str]:
+    """Refuses one string where a sequence of them is meant: its letters would pass for texts."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} must be a list of strings: put a single one into a list")
+    return list(texts)

@@ -1,0 +1,51 @@
+"""Hugging Face `tokenizer.json` files."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from herd_jax.text.protocol import EOS_NAMES, STOP_NAMES, Tokenizer, import_extra, read_config
+
+# What begin and padding tokens are commonly called, where no tokenizer_config.json beside the file says so.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
+PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`; `tokenizer_config.json`, where it lies beside, names the begin, end and padding tokens."""
+
+    def __init__(self, data: bytes, beside: Mapping[str, bytes]) -> None:
+        tokenizers = import_extra("tokenizers", "a tokenizer.json")
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        config = read_config(beside)
+
+        def name_of(field: str, usual_names: Sequence[str]) -> str | None:
+            token = config.get(field)
+            name = token["content"] if isinstance(token, dict) else token
+            return next((name for name in ([name] if name else usual_names) if name in vocabulary), None)
+
+        bos, eos, pad = name_of("bos_token", BOS_NAMES), name_of("eos_token", EOS_NAMES), name_of("pad_token", PAD_NAMES)
+        added = self._tokenizer.get_added_tokens_decoder()
+        # Some files forget to call them special.
+        forgotten = [name for name in (bos, eos, pad, *STOP_NAMES) if name in vocabulary and not _is_special(added, vocabulary[name])]
+        self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in forgotten])
+        self._tokenizer.encode_special_tokens = True  # special tokens in a text are plain text
+        special = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        steps = {key: json.dumps(value) for key, value in json.loads(data).items() if key in ("normalizer", "pre_tokenizer", "decoder")}
+        self.adds_space_once = '"prepend_scheme": "first"' in steps.get("pre_tokenizer", "")
+        if '"ByteFallback"' in steps.get("decoder", ""):
+            self.byte_fallback_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
+        files = {"tokenizer.json": data, **beside}
+        super().__init__(max(vocabulary.values()) + 1, special, *(vocabulary.get(name) for name in (bos, eos, pad)), files)
+        self.adds_bos = self._tokenizer.encode("a").ids[:1] == [self.bos_id] or config.get("add_bos_token") is True
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _decode_ids(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _is_special(added: Mapping, token_id: int) -> bool:
+    return token_id in added and added[token_id].special

@@ -1,0 +1,33 @@
+"""SentencePiece models."""
+
+import itertools
+from collections.abc import Mapping
+
+import sentencepiece
+
+from herd_jax.text.protocol import Tokenizer
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; its control pieces are the special tokens."""
+
+    def __init__(self, data: bytes, beside: Mapping[str, bytes]) -> None:
+        self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        special = {processor.id_to_piece(i): i for i in range(processor.vocab_size()) if processor.is_control(i)}
+        bos_id, eos_id, pad_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id(), processor.pad_id()))
+        # SentencePiece writes a space as U+2581, so that character itself would come back as a space: it goes in as bytes,
+        # where the model has them and does not put a space before every text.
+        space_as_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+        is_exact = all(map(processor.is_byte, space_as_bytes)) and "\u2581" not in processor.encode("a", out_type=str)[0]
+        self._space_as_bytes = space_as_bytes if is_exact else None
+        super().__init__(processor.vocab_size(), special, bos_id, eos_id, pad_id, {"tokenizer.model": data, **beside})
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._space_as_bytes is None or "\u2581" not in text:
+            return self._processor.encode(text)
+        first, *rest = (self._processor.encode(part) for part in text.split("\u2581"))
+        return [*first, *itertools.chain.from_iterable((*self._space_as_bytes, *part) for part in rest)]
+
+    def _decode_ids(self, ids: list[int]) -> str:
+        special = set(self.special_ids.values())  # not left to SentencePiece: they would cut a character in two
+        return self._processor.decode([i for i in ids if i not in special])

@@ -1,0 +1,128 @@
+"""The Python API as a user calls it: load, score, generate, chat, save, on one device and on meshes."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import herd_jax
+from herd_jax.errors import UserError
+from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.model import Model
+from herd_jax.models.llama import Llama
+from herd_jax.text.tokenizer import load_tokenizer
+
+CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=261, init_std=0.4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A random model of bytes, saved in our format."""
+    steps = tiny.make_steps(config=CONFIG)
+    params = steps.plan.init(0).params
+    directory = tmp_path_factory.mktemp("model") / "herd"
+    model = Model(Llama.make(CONFIG, "blockwise"), steps.layout, params, load_tokenizer("bytes"), 64, jnp.float32)
+    model.save(directory)
+    return directory, tiny.canonical_params(steps)
+
+
+def plain(params, ids):
+    rows = {"tokens": np.asarray(ids)[None], "segment_ids": np.ones((1, len(ids)), np.int32), "positions": np.arange(len(ids))[None]}
+    return np.asarray(tiny.plain_logits(params, rows, CONFIG)[0])
+
+
+def greedy(params, ids, num_tokens):
+    ids = list(ids)
+    for _ in range(num_tokens):
+        ids.append(int(plain(params, ids)[-1].argmax()))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def model(saved):
+    return herd_jax.load(saved[0])
+
+
+def test_logits_and_loss(saved, model):
+    ids = np.random.default_rng(0).integers(0, 256, (2, 13))
+    np.testing.assert_allclose(model.logits(ids), np.stack([plain(saved[1], row) for row in ids]), atol=1e-4)
+    texts = ["a text of bytes", "ünïcödé"]
+    for text, loss in zip(texts, model.loss(texts), strict=True):
+        ids = model.tokenizer.encode(text, bos=True)
+        log_p = jax.nn.log_softmax(plain(saved[1], ids))
+        nats = -sum(float(log_p[i, token]) for i, token in enumerate(ids[1:]))
+        assert loss.nats_per_token == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_generate_is_greedy_decoding_whatever_stands_beside(saved, model):
+    prompts = ["abc", "a longer prompt"]
+    found = model.generate(prompts, max_new_tokens=8)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = model.tokenizer.encode(prompt, bos=True)
+        new = greedy(saved[1], ids, 8)[len(ids) :]
+        stops = [i for i, token in enumerate(new) if token in model.tokenizer.stop_ids]
+        assert text == model.tokenizer.decode(new[: stops[0] if stops else None])
+    assert model.generate(["abc"], max_new_tokens=8) == found[:1]
+    assert "".join(model.stream("abc", max_new_tokens=8)) == found[0]
+
+
+def test_seeds_and_stops(model):
+    draw = lambda seed: model.generate(["abc"], max_new_tokens=12, temperature=1.0, top_p=0.9, seed=seed)[0]
+    assert draw(0) == draw(0) and draw(0) != draw(1)
+    text = model.generate(["abc"], max_new_tokens=12)[0]
+    stop = text[3:5]
+    assert model.generate(["abc"], max_new_tokens=12, stop=[stop])[0] == text[: text.index(stop)]
+    assert "".join(model.stream("abc", max_new_tokens=12, stop=[stop])) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2, 1), MeshConfig(2, 1, 1, 4)])
+def test_inside_a_mesh(saved, model, mesh):
+    other = herd_jax.load(saved[0], mesh=make_mesh(mesh), dtype="float32")
+    ids = np.random.default_rng(0).integers(0, 256, (2, 13))
+    np.testing.assert_allclose(other.logits(ids), model.logits(ids), atol=1e-4)
+    assert other.generate(["abc", "de"], max_new_tokens=6) == model.generate(["abc", "de"], max_new_tokens=6)
+    assert other.loss(["some text"])[0] == pytest.approx(model.loss(["some text"])[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("format", ["herd", "huggingface"])
+def test_saved_and_loaded_again(saved, model, tmp_path, format):
+    model.save(tmp_path / "copy", format=format)
+    again = herd_jax.load(tmp_path / "copy", mesh=make_mesh(MeshConfig(pp=2, dp=1), jax.devices()[:2]))
+    ids = np.arange(20)[None]
+    assert again.config == model.config
+    np.testing.assert_allclose(again.logits(ids), model.logits(ids), atol=1e-5)
+    with pytest.raises(UserError, match="exists"):
+        model.save(tmp_path / "copy", format=format)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model: model.generate("abc"), "list of strings"),
+        (lambda model: model.generate(["x" * 100]), "the prompt is 10. tokens long: the model's context holds 64"),
+        (lambda model: model.generate(["abc"], max_new_tokens=0), "max_new_tokens 0 must be 1 or more"),
+        (lambda model: model.generate(["abc"], top_p=0.0), "top_p 0.0 in"),
+        (lambda model: model.logits([[1, 261]]), "between 0 and 260"),
+        (lambda model: model.logits([1, 2]), "shape"),
+        (lambda model: model.loss(["x" * 70]), "context holds 64"),
+        (lambda model: model.save("nowhere", format="onnx"), "onnx"),
+        (lambda model: model.chat([{"role": "user", "content": "hello"}]), "chat"),
+        (lambda model: herd_jax.load("/nowhere/at/all"), "does not exist"),
+        (lambda model: herd_jax.load(".", dtype="float8"), "dtype is 'float8'"),
+    ],
+)
+def test_bad_input_is_one_sentence(model, call, message):
+    with pytest.raises(UserError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+def test_generation_ends_where_the_context_does(saved):
+    model = dataclasses.replace(herd_jax.load(saved[0]), context_length=20)
+    (text,) = model.generate(["x" * 10], max_new_tokens=50, stop=[])
+    assert len(text.encode()) <= 4 * 10  # ten tokens of room at most
