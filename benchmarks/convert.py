@@ -65,7 +65,8 @@ def run(args, root: Path):
             results[what].append(step())
     for path in (root / "source").glob("*.safetensors"):
         assert path.read_bytes() == (root / "back" / path.name).read_bytes()
-    print(f"{args.model}, {args.layers} layers, {args.dtype}: {num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB; there and back is bit-identical")
+    sizes = f"{num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB"
+    print(f"{args.model}, {args.layers} layers, {args.dtype}: {sizes}; there and back is bit-identical")
     for what, runs in results.items():
         seconds = np.median([result["seconds"] for result in runs])
         memory = max(result.get("peak", 0) for result in runs) / 1e9

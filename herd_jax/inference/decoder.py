@@ -68,67 +68,79 @@ class Decoder:
             index_BT = jnp.broadcast_to(jnp.arange(T), ids_BT.shape)
             start_BT = jnp.broadcast_to(padding_B[:, None], ids_BT.shape)
 
-            def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+            def attend(q_BTNH, k_BTKH, v_BTKH, slot):
                 grow = lambda a: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, cache_size - T), (0, 0)))[None]
                 o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start_BT, index_BT + 1, "blockwise", causal_rows=True)
                 return o_BTNH, (grow(k_BTKH), grow(v_BTKH))
 
-            heads = weights["layers"][0]["qkv"].shape[2]
-            empty = jnp.zeros((1, ids_BT.shape[0], heads, cache_size, self.config.head_dim), self.dtype)
-            return self._forward(weights, ids_BT, rotation, attend, [(empty, empty)] * self.num_slots)
+            return self._forward(weights, ids_BT, rotation, attend)
 
         return self._jit(run, (self._weight_specs, PartitionSpec(), PartitionSpec()), (PartitionSpec(), self._cache_specs))
 
     @functools.cached_property
     def decode(self):
-        """(weights, cache, ids [B], padding [B], index) -> (FP32 logits [B, V] after `ids`, cache with them at `index`); the cache is donated."""
+        """(weights, cache, ids [B], padding [B], index) -> (FP32 logits [B, V] after `ids`, cache with them at `index`); the cache is donated.
+
+        Two calls: the first reads the cache, the second writes the new keys and values into it. In one call XLA's CPU backend would copy the
+        cache at each step, to read what it also writes.
+        """
 
         def run(weights, cache, ids_B, padding_B, index):
             rotation = self._rotation(index[None], padding_B)
 
-            def attend(q_BTNH, k_BTKH, v_BTKH, cache):
-                write = lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2)[None], index, axis=3)
-                cache = write(cache[0], k_BTKH), write(cache[1], v_BTKH)
-                return cached_attention(q_BTNH, cache[0][0], cache[1][0], padding_B, index), cache
+            def attend(q_BTNH, k_BTKH, v_BTKH, slot):
+                new = k_BTKH.swapaxes(1, 2)[None], v_BTKH.swapaxes(1, 2)[None]
+                return cached_attention(q_BTNH, *new, *cache[slot], padding_B, index), new
 
-            return self._forward(weights, ids_B[:, None], rotation, attend, cache)
+            return self._forward(weights, ids_B[:, None], rotation, attend)
 
-        specs = (self._weight_specs, self._cache_specs, PartitionSpec(), PartitionSpec(), PartitionSpec())
-        return self._jit(run, specs, (PartitionSpec(), self._cache_specs), donate_argnums=1)
+        def write(cache, new, index):
+            return jax.tree.map(lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new, index, axis=3), cache, new)
 
-    def _forward(self, weights, ids_BT, rotation, attend, cache):
-        """Logits [B, V] of the last index, and the cache. `attend(q, k, v, cache of the layer) -> (o, cache of the layer)`."""
-        cache = list(cache)
+        everywhere = PartitionSpec()
+        run = self._jit(run, (self._weight_specs, self._cache_specs, *[everywhere] * 3), (everywhere, self._cache_specs))
+        write = self._jit(write, (self._cache_specs, self._cache_specs, everywhere), self._cache_specs, donate_argnums=0)
+
+        def decode(weights, cache, ids_B, padding_B, index):
+            logits_BV, new = run(weights, cache, ids_B, padding_B, index)
+            return logits_BV, write(cache, new, index)
+
+        return decode
+
+    def _forward(self, weights, ids_BT, rotation, attend):
+        """Logits [B, V] of the last index, and what `attend(q, k, v, slot) -> (o, to keep)` keeps in each layer slot."""
         index_BT, mine_BT = tensor.vocabulary_slice(ids_BT, weights["embed"].shape[0])
         x_BTD = collectives.all_reduce(look_up(weights["embed"], index_BT, mine_BT), "tp")
+        kept, num_stages = [None] * self.num_slots, len(self.layout.layers_per_stage)
         for stage, num_layers in enumerate(self.layout.layers_per_stage):
+            mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
             for slot in range(num_layers):
 
-                def layer(carry, slot=slot):
-                    x_BTD, of_layer = carry
+                def layer(x_BTD, slot=slot):
                     w = jax.tree.map(lambda a: a[0], weights["layers"][slot])
-                    return self._layer(w, x_BTD, rotation, functools.partial(attend, cache=of_layer))
+                    return self._layer(w, x_BTD, rotation, functools.partial(attend, slot=slot))
 
-                if len(self.layout.layers_per_stage) == 1:
-                    x_BTD, cache[slot] = layer((x_BTD, cache[slot]))
-                else:  # the ranks of other stages wait
-                    mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
-                    x_BTD, cache[slot] = when(mine, layer, (x_BTD, cache[slot]))
-            if len(self.layout.layers_per_stage) > 1:
-                x_BTD = collectives.all_reduce(jnp.where(lax.axis_index("pp") == stage, x_BTD, 0), "pp")
+                if num_stages == 1:
+                    x_BTD, kept[slot] = layer(x_BTD)
+                    continue
+                if kept[slot] is None:
+                    kept[slot] = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(layer, x_BTD)[1])
+                x_BTD, kept[slot] = when(mine, lambda carry, layer=layer: layer(carry[0]), (x_BTD, kept[slot]))  # the other ranks wait
+            if num_stages > 1:
+                x_BTD = collectives.all_reduce(jnp.where(mine == 1, x_BTD, 0), "pp")
         x_BD = rms_norm(x_BTD[:, -1:], weights["norm"], self.config.norm_eps)[:, 0]
         logits_BV = jnp.dot(x_BD, weights["output"], preferred_element_type=jnp.float32)
-        return collectives.all_gather(logits_BV, "tp", dim=1)[:, : self.config.vocab_size], cache
+        return collectives.all_gather(logits_BV, "tp", dim=1)[:, : self.config.vocab_size], kept
 
     def _layer(self, w, x_BTD, rotation, attend):
         sum_over_tp = lambda x: collectives.all_reduce(x.astype(jnp.float32), "tp").astype(self.dtype)
         qkv = project(rms_norm(x_BTD, w["attention_norm"], self.config.norm_eps), w["qkv"])  # [B, T, K, G + 2, H]
         qk, v_BTKH = rotate(qkv[..., :-1, :], *rotation), qkv[..., -1, :]
         q_BTNH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1])
-        o_BTNH, cache = attend(q_BTNH, qk[..., -1, :], v_BTKH)
+        o_BTNH, kept = attend(q_BTNH, qk[..., -1, :], v_BTKH)
         x_BTD = x_BTD + sum_over_tp(Layer.project_out(o_BTNH, w["out"]))
         gate_up = project(rms_norm(x_BTD, w["ffn_norm"], self.config.norm_eps), w["gate_up"])
-        return x_BTD + sum_over_tp(Layer.swiglu(gate_up, w["down"])), cache
+        return x_BTD + sum_over_tp(Layer.swiglu(gate_up, w["down"])), kept
 
     def _rotation(self, index_T, padding_B):
         positions_BT = jnp.maximum(index_T[None] - padding_B[:, None], 0)
@@ -151,13 +163,15 @@ class Decoder:
         return jax.jit(mapped, **options)
 
 
-def cached_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, padding_B: jax.Array, index: jax.Array) -> jax.Array:
-    """Attention of one query a row (T = 1) at `index` with the keys padding .. index of the cache."""
+def cached_attention(q_BTNH, k_PBKTH, v_PBKTH, k_PBKSH, v_PBKSH, padding_B: jax.Array, index: jax.Array) -> jax.Array:
+    """Attention of one query a row (T = 1) at `index` with the keys padding .. index - 1 of the cache and its own; P is 1 on a device."""
     B, _, N, H = q_BTNH.shape
-    q_BKGH = q_BTNH.reshape(B, k_BKSH.shape[1], -1, H)
-    s_BKGS = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) / math.sqrt(H)
-    key = jnp.arange(k_BKSH.shape[2])
-    visible_BS = (padding_B[:, None] <= key) & (key <= index)
-    p_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], s_BKGS, -jnp.inf), axis=-1)
-    o_BKGH = jnp.einsum("bkgs,bksh->bkgh", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    q_BKGH = q_BTNH.reshape(B, k_PBKSH.shape[2], -1, H) / math.sqrt(H)
+    score = lambda k: jnp.einsum("bkgh,pbksh->bkgs", q_BKGH, k, preferred_element_type=jnp.float32)
+    weigh = lambda p_BKGS, v: jnp.einsum("bkgs,pbksh->bkgh", p_BKGS.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    key = jnp.arange(k_PBKSH.shape[3])
+    visible_BS = (padding_B[:, None] <= key) & (key < index)
+    scores = jnp.where(visible_BS[:, None, None], score(k_PBKSH), -jnp.inf)
+    p_BKGS = jax.nn.softmax(jnp.concatenate([scores, score(k_PBKTH)], axis=-1), axis=-1)
+    o_BKGH = weigh(p_BKGS[..., :-1], v_PBKSH) + weigh(p_BKGS[..., -1:], v_PBKTH)
     return o_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype)

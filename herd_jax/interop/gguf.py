@@ -30,7 +30,8 @@ def open_gguf(path: Path) -> Source:
         config = parse_config(values, path, tensors)
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}: take a complete copy of the model") from error
-    return MappedSource.make(path, config, values["llama.context_length"], path, GGUF.map(config), tensors, (ROPE_DIVISORS,))
+    tokenizer_path = path if "tokenizer.ggml.model" in reader.fields else None
+    return MappedSource.make(path, config, values.get("llama.context_length"), tokenizer_path, GGUF.map(config), tensors, (ROPE_DIVISORS,))
 
 
 def parse_config(values: dict[str, Any], path: Path, tensors: "_Tensors") -> LlamaConfig:

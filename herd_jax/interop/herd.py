@@ -11,7 +11,7 @@ import numpy as np
 from herd_jax.config import parse, to_dict
 from herd_jax.interop.mapping import Mapped, Piece, parameters, tensor_shapes
 from herd_jax.interop.safetensors import SafetensorsFiles, files_of, write_safetensors
-from herd_jax.interop.source import MappedSource, Source, parse_json
+from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.text.tokenizer import Tokenizer
 
@@ -30,14 +30,12 @@ def open_herd(directory: Path) -> Source:
     path = directory / CONFIG_FILE
     parse_values = lambda values: (parse(LlamaConfig, values["model"], "model"), values["context_length"])
     config, context_length = parse_json(path, parse_values)
-    tokenizer_path = directory / "tokenizer"
-    return MappedSource.make(
-        directory, config, context_length, tokenizer_path if tokenizer_path.is_dir() else None, map_parameters(config),
-        SafetensorsFiles(files_of(directory)),
-    )  # fmt: skip
+    tensors = SafetensorsFiles(files_of(directory))
+    return MappedSource.make(directory, config, context_length, tokenizer_in(directory / "tokenizer"), map_parameters(config), tensors)
 
 
-def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None, context_length: int) -> None:
+def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
+          context_length: int) -> None:  # fmt: skip
     if tokenizer:
         tokenizer.save(directory / "tokenizer")
     write_safetensors(directory, tensor_shapes(map_parameters(config)), dtype, arrays)

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json, safetensors, tokenizer. Only plain Llamas are read; what else a config asks for is refused by name."""
+"""Hugging Face directories: config.json, safetensors, tokenizer. What is not a plain Llama is refused by name."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from herd_jax.errors import UserError
 from herd_jax.interop.huggingface_tokenizer import write_tokenizer
 from herd_jax.interop.mapping import HUGGING_FACE, Mapped, tensor_shapes
 from herd_jax.interop.safetensors import SafetensorsFiles, files_of, write_safetensors
-from herd_jax.interop.source import MappedSource, Source, parse_json
+from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
 from herd_jax.text.protocol import GENERATION_FILE, Tokenizer
@@ -42,11 +42,8 @@ def open_huggingface(directory: Path) -> Source:
     if not list(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} holds no safetensors: save the model with safe_serialization=True, pickles are not read here")
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
-    tokenizer_path = directory if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
-    return MappedSource.make(
-        directory, config, context_length, tokenizer_path, map_parameters(config),
-        SafetensorsFiles(files_of(directory)), ignored,
-    )  # fmt: skip
+    tensors = SafetensorsFiles(files_of(directory))
+    return MappedSource.make(directory, config, context_length, tokenizer_in(directory), map_parameters(config), tensors, ignored)
 
 
 def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
@@ -54,7 +51,7 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of a model of type {values.get('model_type')}: only plain Llamas (llama) are read")
     for field, plain in PLAIN.items():
-        if values.get(field, plain) not in (plain, plain or None):
+        if (values.get(field) or plain) != plain:
             raise UserError(f"{path} has {field} {json.dumps(values[field])}: only plain Llamas ({field} {json.dumps(plain)}) are read")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     num_heads = values["num_attention_heads"]
@@ -125,7 +122,8 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
     return HUGGING_FACE.map(config)
 
 
-def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None, context_length: int) -> None:
+def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
+          context_length: int) -> None:  # fmt: skip
     """What AutoModelForCausalLM, AutoTokenizer and vLLM load as it stands."""
     if tokenizer:
         write_tokenizer(directory, tokenizer, context_length)

@@ -102,11 +102,12 @@ def _tokenizer_json(tokenizer: Tokenizer, normalizer, pre_tokenizer, decoder, mo
     begin = {name: i for name, i in tokenizer.special_ids.items() if i == tokenizer.bos_id}
     first = [{"SpecialToken": {"id": name, "type_id": 0}} for name in begin]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = sorted(tokenizer.special_ids.items(), key=lambda item: item[1])
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in sorted(tokenizer.special_ids.items(), key=lambda item: item[1])],
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in special],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": {

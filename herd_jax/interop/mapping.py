@@ -5,6 +5,7 @@ other; projections are stored by others as [out, in], all heads in one dim.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from herd_jax.models.llama import Llama
 from herd_jax.models.params import Declaration, is_declaration
 
 
+@functools.cache
 def parameters(config: LlamaConfig) -> dict[str, Declaration]:
     """The declarations of a model by name, in the order in which files have them."""
     paths, _ = jax.tree_util.tree_flatten_with_path(Llama.make(config).declared, is_leaf=is_declaration)

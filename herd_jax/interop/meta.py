@@ -1,4 +1,4 @@
-"""Meta directories: params.json, consolidated.NN.pth (one a rank of model parallelism), tokenizer.model. RoPE rotates adjacent pairs there."""
+"""Meta directories: params.json, consolidated.NN.pth (one a rank of model parallelism), tokenizer.model. RoPE rotates adjacent pairs."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.interop.mapping import META, Mapped, tensor_shapes
-from herd_jax.interop.source import MappedSource, Source, parse_json
+from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
 from herd_jax.text.protocol import Tokenizer, import_extra
@@ -28,7 +28,7 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
 
 
 def open_meta(directory: Path) -> Source:
-    """Raises UserError for what is no Llama, for damaged files and pickles with code in them, and for tensors that do not fit the config."""
+    """Raises UserError for what is no Llama, for damaged files, pickles with code and tensors that do not fit the config."""
     found, path = sorted(directory.glob("consolidated.*.pth")), directory / CONFIG_FILE
     paths = [directory / f"consolidated.{rank:02}.pth" for rank in range(max(1, len(found)))]
     for missing in paths:
@@ -37,11 +37,8 @@ def open_meta(directory: Path) -> Source:
     config = parse_json(path, lambda values: parse_config(values, path, paths))
     shards = _Shards(paths, config)
     config = dataclasses.replace(config, num_kv_heads=config.num_kv_heads // shards.num_copies)
-    tokenizer_path = directory / "tokenizer.model"
-    return MappedSource.make(
-        directory, config, None, tokenizer_path if tokenizer_path.is_file() else None, map_parameters(config), shards,
-        ("rope.freqs", *([META.output] if config.tie_embeddings else [])),
-    )  # fmt: skip
+    ignored = ("rope.freqs", *([META.output] if config.tie_embeddings else []))
+    return MappedSource.make(directory, config, None, tokenizer_in(directory), map_parameters(config), shards, ignored)
 
 
 def parse_config(values: dict[str, Any], path: Path, paths: list[Path]) -> LlamaConfig:
@@ -81,18 +78,22 @@ def make_config(config: LlamaConfig) -> dict[str, Any]:
     """params.json. Raises UserError for what it cannot say."""
     c = config
     if c.num_heads * c.head_dim != c.dim:
-        raise UserError(f"Meta's format has head_dim = dim / num_heads, and this model {c.head_dim} for {c.dim} / {c.num_heads}: write huggingface")
+        raise UserError(
+            f"Meta's format has head_dim = dim / num_heads, and this model {c.head_dim} for {c.dim} / {c.num_heads}: write huggingface"
+        )
     values = {"dim": c.dim, "n_layers": c.num_layers, "n_heads": c.num_heads, "n_kv_heads": c.num_kv_heads, "vocab_size": c.vocab_size}
     values |= {"ffn_dim_multiplier": (c.ffn_dim + 0.5) / int(2 * 4 * c.dim / 3), "multiple_of": 1}
     values |= {"norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "use_scaled_rope": c.rope_scaling is not None}
     if (scaling := c.rope_scaling) is not None:
         if scaling != RopeScaling(scaling.factor, high_freq_factor=scaling.high_freq_factor):
-            raise UserError(f"Meta's format scales RoPE from {DEFAULT_SCALING.original_max_position} positions, this model otherwise: write huggingface")
+            positions = DEFAULT_SCALING.original_max_position
+            raise UserError(f"Meta's format scales RoPE from {positions} positions, this model otherwise: write huggingface")
         values |= {"rope_scaling_factor": scaling.factor, "rope_high_freq_factor": scaling.high_freq_factor}
     return values
 
 
-def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None, context_length: int) -> None:
+def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
+          context_length: int) -> None:  # fmt: skip
     """One shard, as Meta has the models of up to 8B parameters. An output matrix tied to the embedding is there by reference."""
     torch, values = _import_torch(), make_config(config)
     if tokenizer:
@@ -178,7 +179,7 @@ def _load(path: Path) -> dict[str, Any]:
             return tensors
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, perhaps code, so it is not read: take the model from its publisher") from error
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError, EOFError, AttributeError) as error:
         raise UserError(f"{path} is truncated or no file of torch.save: copy it again") from error
     raise UserError(f"{path} holds more than tensors: take the model from its publisher")
 

@@ -54,7 +54,8 @@ def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], i
             raise UserError(damaged) from error
     for name, dtype, shape, begin, end in entries:
         if dtype not in DTYPES:
-            raise UserError(f"{name} in {path} is stored as {dtype}: only {', '.join(DTYPES)} are read, so take an unquantized copy of the model")
+            known = ", ".join(DTYPES)
+            raise UserError(f"{name} in {path} is stored as {dtype}: only {known} are read, so take an unquantized copy of the model")
         if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize or not 0 <= begin <= end <= size - start:
             raise UserError(damaged)
         yield name, np.dtype(DTYPES[dtype]), shape, start + begin

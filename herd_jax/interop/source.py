@@ -54,6 +54,11 @@ def check_tokenizer(config: LlamaConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def tokenizer_in(directory: Path) -> Path | None:
+    """The directory, if it holds a tokenizer."""
+    return directory if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer.bytes")) else None
+
+
 class Tensors(Protocol):
     """The tensors of a file format, by name."""
 
@@ -79,9 +84,9 @@ class MappedSource(Source):
         for name, shape in wanted.items():
             if name not in tensors.shapes:
                 raise UserError(f"{path} lacks the tensor {name}: its config asks for it, so take a complete copy of the model")
-            if tensors.shapes[name] != shape:
+            if (found := tensors.shapes[name]) != shape:
                 raise UserError(
-                    f"{name} in {path} is {_text(tensors.shapes[name])} and its config asks for {_text(shape)}: use the config of these weights"
+                    f"{name} in {path} is {_text(found)} and its config asks for {_text(shape)}: use the config of these weights"
                 )
         for name in tensors.shapes:
             if name not in wanted and not name.endswith(ignored):
@@ -98,8 +103,8 @@ class MappedSource(Source):
             return parts[0]
         shape = [*parts[0].shape]
         shape[mapped.dim] = sum(part.shape[mapped.dim] for part in parts)
-        whole = np.empty([shape[dim] for dim in pieces[0].inverse], np.result_type(*parts)).transpose(pieces[0].order)  # in the file's order
-        return np.concatenate(parts, mapped.dim, out=whole)
+        in_file_order = np.empty([shape[dim] for dim in pieces[0].inverse], np.result_type(*parts))  # which is fast to fill
+        return np.concatenate(parts, mapped.dim, out=in_file_order.transpose(pieces[0].order))
 
 
 def parse_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:

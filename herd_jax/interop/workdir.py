@@ -9,7 +9,7 @@ import tensorstore
 from herd_jax.config import parse
 from herd_jax.errors import UserError
 from herd_jax.interop.mapping import parameters
-from herd_jax.interop.source import Source
+from herd_jax.interop.source import Source, tokenizer_in
 from herd_jax.training.checkpoint import Checkpointer
 from herd_jax.training.run import RunConfig
 
@@ -24,8 +24,9 @@ def open_workdir(workdir: Path) -> Source:
     directory, record = newest
     run = parse(RunConfig, record["config"])
     context_length = max(phase.seq_len for phase in run.train.ramp.phases)
+    tokenizer_path = tokenizer_in(workdir / "tokenizer")
     return CheckpointSource(
-        workdir, run.model.resolve(), np.dtype(np.float32), context_length, workdir / "tokenizer", directory, record["checksums"]
+        workdir, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"]
     )
 
 
@@ -36,7 +37,7 @@ class CheckpointSource(Source):
     directory: Path
     checksums: dict[str, int]
     _block: dict = dataclasses.field(default_factory=dict)  # the layers read last: they lie in one chunk, which is read as a whole
-    _sums: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    _sums: dict[str, dict] = dataclasses.field(default_factory=dict)  # name -> layer -> its share of the checksum
 
     def read(self, name, layer=None, index=None):
         declaration = parameters(self.config)[name]
@@ -46,11 +47,11 @@ class CheckpointSource(Source):
         except (ValueError, OSError) as error:  # tensorstore's, of damaged files
             raise UserError(self._damaged(name)) from error
         if index is None:
-            sums = self._sums.setdefault(name, [])
-            sums.append(_checksum(values, layer or 0))
-            if len(sums) == max(1, declaration.num_layers):
-                if sum(self._sums.pop(name)) % 2**32 != self.checksums[".params" + "".join(f"['{key}']" for key in name.split("."))]:
-                    raise UserError(self._damaged(name))
+            sums = self._sums.setdefault(name, {})
+            sums[layer] = _checksum(values, layer or 0)
+            leaf = ".params" + "".join(f"['{key}']" for key in name.split("."))
+            if len(sums) == max(1, declaration.num_layers) and sum(sums.values()) % 2**32 != self.checksums[leaf]:
+                raise UserError(self._damaged(name))
         return values
 
     def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:

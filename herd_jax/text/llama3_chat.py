@@ -59,6 +59,7 @@ def render_llama3(
     tool_format: str,
     allow_special: bool,
 ) -> Rendered:
+    """As `chat.render`, whose arguments these are."""
     if tools:
         messages = _add_tools(messages, describe_tools(tools, tool_format), tool_format)
     has_ipython = any(message.role == "system" and IPYTHON_SWITCH in message.content.splitlines() for message in messages)

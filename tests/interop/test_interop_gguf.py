@@ -31,9 +31,8 @@ def write(path, config, read, architecture="llama", without=(), quantize=(), **m
     for key, value in metadata.items():
         getattr(writer, key)(value)
     mapping = GGUF.map(config)
-    arrays = [
-        piece.to_file(part) for name, layer in walk(mapping) for piece, part in zip(mapping[name].pieces, mapping[name].split(read(name, layer)))
-    ]
+    parts = ((mapping[name].pieces, mapping[name].split(read(name, layer))) for name, layer in walk(mapping))
+    arrays = [piece.to_file(part) for pair in parts for piece, part in zip(*pair)]
     tensors = {name: array for name, array in zip(tensor_shapes(mapping), arrays) if name not in without}
     if config.rope_scaling:
         scaled = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)

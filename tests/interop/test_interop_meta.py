@@ -41,7 +41,9 @@ def cut(directory, target, num_shards):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"ffn_dim": 37, "rope_scaling": RopeScaling(32.0)}, {"rope_scaling": None}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"ffn_dim": 37, "rope_scaling": RopeScaling(32.0)}, {"rope_scaling": None}], ids=str
+)
 def test_round_trip_is_identical(tmp_path, changes, dtype):
     config = dataclasses.replace(CONFIG, init_std=0.02, **changes)
     read = random_model(config, FLOAT32)

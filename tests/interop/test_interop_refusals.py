@@ -137,7 +137,8 @@ def test_targets(tmp_path, model):
 
 
 def test_herd_directories(tmp_path):
-    save_random(tmp_path / "herd", dataclasses.replace(tiny.CONFIG, vocab_size=300), "herd", tokenizer=load_tokenizer("bytes"), context_length=77)
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=300)
+    save_random(tmp_path / "herd", config, "herd", tokenizer=load_tokenizer("bytes"), context_length=77)
     source = open_source(tmp_path / "herd")
     assert source.context_length == 77 and source.tokenizer.encode("a") == [97]
     values = json.loads((tmp_path / "herd" / "herd.json").read_text())

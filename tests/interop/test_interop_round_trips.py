@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,31 @@ def test_large_models_are_cut_into_files(tmp_path, monkeypatch):
     assert_same_model(tmp_path / "many", tiny.CONFIG, read)
 
 
+def test_tensors_are_those_of_transformers(tmp_path):
+    """[out, in], heads in order, gate before up; the peer itself is asked where it is installed."""
+    c = dataclasses.replace(tiny.CONFIG, num_heads=6, num_kv_heads=2, head_dim=10, ffn_dim=33)
+    read = save_random(tmp_path / "hf", c)
+    tensors = safetensors.SafetensorsFiles([tmp_path / "hf" / "model.safetensors"])
+    qkv, gate_up = read("layers.qkv", 3), read("layers.gate_up", 3)  # [D, K, 3 + 2, H], [D, 2, F]
+    layer = {
+        "self_attn.q_proj": qkv[:, :, :3].reshape(c.dim, -1).T,
+        "self_attn.k_proj": qkv[:, :, 3].reshape(c.dim, -1).T,
+        "self_attn.v_proj": qkv[:, :, 4].reshape(c.dim, -1).T,
+        "self_attn.o_proj": read("layers.out", 3).reshape(-1, c.dim).T,
+        "mlp.gate_proj": gate_up[:, 0].T,
+        "mlp.up_proj": gate_up[:, 1].T,
+        "mlp.down_proj": read("layers.down", 3).T,
+        "input_layernorm": read("layers.attention_norm", 3),
+        "post_attention_layernorm": read("layers.ffn_norm", 3),
+    }
+    expected = {f"model.layers.3.{name}.weight": array for name, array in layer.items()}
+    expected |= {"model.embed_tokens.weight": read("ends.embed.table"), "model.norm.weight": read("ends.head.norm")}
+    expected |= {"lm_head.weight": read("ends.head.output").T}
+    assert len(tensors.shapes) == 3 + 9 * c.num_layers
+    for name, array in expected.items():
+        np.testing.assert_array_equal(tensors.read(name), array, name)
+
+
 def test_the_files_are_those_of_the_package(tmp_path):
     package = pytest.importorskip("safetensors.numpy")
     read = save_random(tmp_path / "hf", dtype=FLOAT32)
@@ -128,3 +155,14 @@ def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
 
 def by_name(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_the_command(tmp_path):
+    read = save_random(tmp_path / "hf")
+    paths = ["--source", tmp_path / "hf", "--target", tmp_path / "new" / "ours"]
+    command = [sys.executable, "-m", "herd_jax.convert", *paths, "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {tmp_path / 'new' / 'ours'}\n", "")
+    assert_same_model(tmp_path / "new" / "ours", tiny.CONFIG, read, FLOAT32)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -94,7 +94,8 @@ def test_spelled_special_tokens_stay_text(plain, template):
 
     def specials(text: str, **options) -> list[int]:
         tools = [{"name": text, "parameters": {text: {"type": text}}}]
-        return [i for i in render([Message("user", text), Message("assistant", text)], tokenizer, tools=tools, **options).ids if i in special]
+        rendered = render([Message("user", text), Message("assistant", text)], tokenizer, tools=tools, **options)
+        return [i for i in rendered.ids if i in special]
 
     assert specials(everything) == specials("x")
     assert specials("<|im_end|>", allow_special=True) != specials("x")
@@ -119,7 +120,8 @@ def test_runs_of_text_are_encoded_whole_but_an_answer_anew(plain):
     newlines = tokenizer.encode("\n\n\n")
     assert newlines != tokenizer.encode("\n") + tokenizer.encode("\n\n")  # so it matters
     user = render([Message("user", "\n\nx")], tokenizer).ids
-    assert user == tokenizer.encode("<|im_start|>system\nYou are a test.<|im_end|>\n<|im_start|>user\n\n\nx<|im_end|>\n", allow_special=True)
+    text = "<|im_start|>system\nYou are a test.<|im_end|>\n<|im_start|>user\n\n\nx<|im_end|>\n"
+    assert user == tokenizer.encode(text, allow_special=True)
     prompt = render([Message("user", "u")], tokenizer, add_assistant_header=True).ids
     whole = render([Message("user", "u"), Message("assistant", "\n\nx")], tokenizer)
     assert whole.ids[: len(prompt)] == prompt
@@ -154,7 +156,8 @@ def test_prompts_without_a_mask(plain):
     dialog = [Message("user", "u"), Message("assistant", "so</think>yes"), Message("user", "v <|im_end|>")]
     prompt = render(dialog, tokenizer, add_assistant_header=True)
     assert spelled(tokenizer, prompt.ids) == (
-        "<|im_start|>user\nu<|im_end|><|im_start|>assistant\nyes<|im_end|><|im_start|>user\nv <|im_end|><|im_end|><|im_start|>assistant\n<think>"
+        "<|im_start|>user\nu<|im_end|><|im_start|>assistant\nyes<|im_end|>"
+        "<|im_start|>user\nv <|im_end|><|im_end|><|im_start|>assistant\n<think>"
     )
     assert [i for i in prompt.ids if i in (2, 3)] == [2, 3, 2, 3, 2, 3, 2]
     assert prompt.roles[-1] == "assistant"
@@ -191,7 +194,8 @@ def test_a_message_that_a_template_refuses_as_the_last_one(plain):
 def test_what_templates_are_given(plain):
     template = """{{ bos_token }}{{ eos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}:{% for c in m.tool_calls %}
 {{ c.type }} {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %};{% endfor %}{{ tools | tojson(indent=1) }}
-{{ strftime_now('%Y') | length }}{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ pad_token is defined }}"""
+{{ strftime_now('%Y') | length }}{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}
+{{ pad_token is defined }}"""
     call = ToolCall("f", {"a": 'ü"\n'})
     dialog = [Message("assistant", "x", (call,)), Message("ipython", "r")]
     text = spelled(with_template(plain, template), render(dialog, with_template(plain, template), tools=[{"name": "f"}]).ids)
