@@ -111,16 +111,8 @@ class Model:
 
         Raises UserError if the directory exists or the format is another.
         """
-        interop.save(directory, format, self.config, self._read, self.dtype, self.tokenizer, self.context_length)
-
-    def _read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """A parameter in its declared shape, one layer of it if it is a layer's."""
-        leaf, declaration = self.params, self.llama.declared
-        for key in name.split("."):
-            leaf, declaration = leaf[key], declaration[key]
-        if layer is not None:
-            leaf = leaf[int(np.flatnonzero(self.layout.layer_of_slot == layer)[0])]
-        return np.asarray(leaf[tuple(map(slice, declaration.shape))])
+        read = interop.reader(self.layout, self.llama.declared, self.params)
+        interop.save(directory, format, self.config, read, self.dtype, self.tokenizer, self.context_length)
 
     @functools.cached_property
     def _scorer(self) -> Scorer:

@@ -1,4 +1,4 @@
-"""What we write, transformers loads and computes the same from; what it writes, we read. Runs where torch and it are installed: `.[peer]`."""
+"""What we write, transformers loads and computes the same from; what it writes, we read. Runs where it and torch are: `.[peer]`."""
 
 import base64
 import dataclasses
