@@ -7,6 +7,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 
 from herd_jax import hardware
@@ -81,14 +82,18 @@ def plan_schedule(argv: list[str]) -> None:
     parser.add_argument("--micro-batches", type=int, required=True)
     parser.add_argument("--schedule", choices=SCHEDULES, help="default: 1f1b with one chunk, interleaved with more")
     add_pipeline_arguments(parser)
-    parser.add_argument("--plot", metavar="FILE", default="schedule.svg", help=".png or .svg (default: schedule.svg)")
+    parser.add_argument("--plot", metavar="FILE", help=".png or .svg (default: schedule.svg, where matplotlib is installed)")
     args = parser.parse_args(argv)
     schedule = pipeline_config(args).build(args.pp, args.micro_batches)
-    drawing.draw_schedule(schedule, args.plot)
+    drawn = "no picture: it needs matplotlib, pip install -e '.[plot]'"
+    if args.plot or importlib.util.find_spec("matplotlib"):
+        path = args.plot or "schedule.svg"
+        drawing.draw_schedule(schedule, path)
+        drawn = f"drawn to {path}"
     peak = schedule.peak_in_flight.tolist()
     counts = {"num_ticks": len(schedule.operation), "bubble_fraction": schedule.bubble_fraction, "peak_in_flight": peak}
     lanes = {name: getattr(schedule, name).T.tolist() for name in ("operation", "micro_batch", "chunk")}
-    show(args, [*drawing.schedule_text(schedule), f"drawn to {args.plot}"], counts | lanes)
+    show(args, [*drawing.schedule_text(schedule), drawn], counts | lanes)
 
 
 def plan_goodput(argv: list[str]) -> None:
