@@ -108,7 +108,7 @@ def ours(args):
     from herd_jax.mesh import MeshConfig, make_mesh
     from herd_jax.models.config import ModelConfig
     from herd_jax.models.params import count
-    from herd_jax.training.run import RunConfig, TrainConfig, build_steps, flops_per_token
+    from herd_jax.training.run import RunConfig, TrainConfig, build_steps
 
     train = TrainConfig(
         global_batch_size=args.batch, seq_len=args.seq_len, compute_dtype=args.dtype, attention=args.attention, remat=args.remat
@@ -136,7 +136,7 @@ def ours(args):
 
     step(), step()
     about = f"{count(steps.model.declared):,} parameters, jax {jax.__version__}, compiled in {seconds:.1f} s, {memory.temp_size_in_bytes / 2**20:,.0f} MiB temporary"
-    print(json.dumps({"about": about, "flops_per_token": flops_per_token(steps.model.config, args.seq_len)}), flush=True)
+    print(json.dumps({"about": about, "flops_per_token": steps.model.config.flops_per_token(args.seq_len / 2)}), flush=True)
     return step
 
 

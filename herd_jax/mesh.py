@@ -8,6 +8,7 @@ import math
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -60,6 +61,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     grid = np.array(devices).reshape(dp, config.pp, config.cp, config.tp)
     return Mesh(grid.transpose(3, 2, 1, 0), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def on_mesh(function, mesh: Mesh, in_specs, out_specs, compute_dtype, **options):
+    """`function`, which says what one device does, jitted over the whole mesh with every axis manual; `options` go to `jax.jit`."""
+    if compute_dtype == jnp.float32:  # not TF32, where a GPU would take it
+        function = jax.default_matmul_precision("highest")(function)
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), **options)
 
 
 def fsdp_size(mesh: Mesh) -> int:

@@ -1,5 +1,6 @@
 """The Python API: a model loaded from any checkpoint, to score, generate, chat with, and save."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,7 +19,7 @@ from herd_jax.inference.sampling import choose
 from herd_jax.inference.scoring import Scorer, bucket
 from herd_jax.interop import save as interop
 from herd_jax.interop.load import load_params, open_source
-from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
@@ -44,6 +45,9 @@ def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | N
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
+    if isinstance(mesh, MeshConfig):
+        with contextlib.suppress(RuntimeError):  # jax has started, on devices that the mesh then fits or is refused for
+            request_cpu_devices(mesh)
     if not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh) if mesh else make_mesh(MeshConfig(dp=1), jax.devices()[:1])
     on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -14,7 +14,8 @@ from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.model import Model
 from herd_jax.models.llama import Llama
-from herd_jax.text.tokenizer import load_tokenizer
+from herd_jax.text.protocol import TEMPLATE_FILE
+from herd_jax.text.tokenizer import ByteTokenizer, load_tokenizer
 
 CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=261, init_std=0.4)
 
@@ -78,6 +79,15 @@ def test_seeds_and_stops(model):
     stop = text[3:5]
     assert model.generate(["abc"], max_new_tokens=12, stop=[stop])[0] == text[: text.index(stop)]
     assert "".join(model.stream("abc", max_new_tokens=12, stop=[stop])) == text[: text.index(stop)]
+
+
+def test_chat_answers_the_rendered_dialog(saved, model):
+    template = b"{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    chatting = dataclasses.replace(model, tokenizer=ByteTokenizer({TEMPLATE_FILE: template}))
+    ids = list(b"[user]hi[assistant]")
+    new = greedy(saved[1], ids, 6)[len(ids) :]
+    stops = [i for i, token in enumerate(new) if token in model.tokenizer.stop_ids]
+    assert chatting.chat([{"role": "user", "content": "hi"}], max_new_tokens=6) == model.tokenizer.decode(new[: stops[0] if stops else None])
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2, 1), MeshConfig(2, 1, 1, 4)])

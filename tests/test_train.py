@@ -19,7 +19,10 @@ import herd_jax.generate
 import herd_jax.train
 from herd_jax.config import parse
 from herd_jax.data.tokenization import tokenize_files
+from herd_jax.errors import UserError
+from herd_jax.interop.initial import InitialWeights
 from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.text.tokenizer import load_tokenizer
 from herd_jax.training.checkpoint import Checkpointer
 from herd_jax.training.run import RunConfig, build_steps
 
@@ -281,5 +284,7 @@ def test_begins_with_the_weights_of_another_run(base, uninterrupted, tmp_path):
     assert metrics(tmp_path / "run")[0]["loss"] < metrics(uninterrupted)[0]["loss"] - 1
     assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(metrics(uninterrupted)[-1]["val_loss"], rel=1e-3)
     tokenize_files([str(base / "text")], 280, tmp_path / "other", validation_fraction=0.1, processes=1)
-    _, err = run(base, tmp_path / "no", f"init_from={uninterrupted}", f"data.sources={tmp_path / 'other'}", succeeds=False)
-    assert "vocab_size" in err or "another tokenizer" in err
+    initial = InitialWeights.open(str(uninterrupted))
+    initial.check_tokenizer(load_tokenizer("bytes"))
+    with pytest.raises(UserError, match="made with another tokenizer than init_from"):
+        initial.check_tokenizer(load_tokenizer(tmp_path / "other" / "tokenizer"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from herd_jax.mesh import FSDP_AXES
+from herd_jax.mesh import FSDP_AXES, on_mesh
 from herd_jax.models.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Layer, Llama, look_up, project, rms_norm
@@ -58,8 +58,8 @@ class Decoder:
 
     @functools.cached_property
     def prefill(self):
-        """(weights, ids [B, T], padding [B], cache size S) -> (FP32 logits [B, V] after the last id, cache). The first `padding` ids of a row
-        are not looked at; T >= 1, S >= T."""
+        """Cache size S -> function of (weights, ids [B, T], padding [B]) -> (FP32 logits [B, V] after the last id, cache). The first `padding`
+        ids of a row are not looked at; T >= 1, S >= T."""
         return functools.cache(self._prefill_of_size)
 
     def _prefill_of_size(self, cache_size: int):
@@ -157,10 +157,7 @@ class Decoder:
         return [(CACHE_SPEC, CACHE_SPEC)] * self.num_slots
 
     def _jit(self, function, in_specs, out_specs, **options):
-        if self.dtype == jnp.float32:  # not TF32, where a GPU would take it
-            function = jax.default_matmul_precision("highest")(function)
-        mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, **options)
+        return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.dtype, **options)
 
 
 def cached_attention(q_BTNH, k_PBKTH, v_PBKTH, k_PBKSH, v_PBKSH, padding_B: jax.Array, index: jax.Array) -> jax.Array:

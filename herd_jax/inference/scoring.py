@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from herd_jax.mesh import on_mesh
 from herd_jax.models.cross_entropy import cross_entropy_sum
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, map_declarations
@@ -66,10 +67,7 @@ class Scorer:
         return map_declarations(self.layout.spec, self.model.declared)
 
     def _jit(self, function, out_specs):
-        if self.dtype == jnp.float32:  # not TF32, where a GPU would take it
-            function = jax.default_matmul_precision("highest")(function)
-        mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=(self._specs, BATCH_SPEC), out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped)
+        return on_mesh(function, self.layout.mesh, (self._specs, BATCH_SPEC), out_specs, self.dtype)
 
     def _batch(self, ids_BS, mask_BS, targets_BS=None):
         """The batch, rows padded at their end to a size that the mesh divides and that few others share, and the order of its tokens."""

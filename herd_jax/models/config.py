@@ -35,6 +35,22 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise UserError(f"model.head_dim {self.head_dim} is odd: RoPE rotates pairs, so it must be even")
 
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of one layer's matmuls."""
+        return self.dim * self.head_dim * 2 * (self.num_heads + self.num_kv_heads) + 3 * self.dim * self.ffn_dim
+
+    @property
+    def head_matrix(self) -> int:
+        """Parameters of the output matrix, or of the embedding's table."""
+        return self.dim * self.vocab_size
+
+    def flops_per_token(self, keys_seen: float) -> float:
+        """Forward and backward: 6 for each parameter of a matmul (the output matrix is one, the embedding's look-up is not) and 12 for each
+        layer, query head, head dim and key that a query sees on average."""
+        attention = 12.0 * self.num_heads * self.head_dim * keys_seen
+        return self.num_layers * (6.0 * self.layer_matrices + attention) + 6.0 * self.head_matrix
+
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises UserError where the mesh cannot split the model."""
         tp, fsdp = mesh.shape["tp"], fsdp_size(mesh)

@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 
-from herd_jax.models.config import LlamaConfig
 from herd_jax.planning.job import Job
 
 # Shares of the hardware's rates that are reached, the same for all jobs. The first two are fitted to the three rows of table 4 of the
@@ -25,17 +24,6 @@ OPTIMIZER_BYTES = 32  # of a parameter: gradient read for the norm and the updat
 Work = dict[str, np.ndarray]  # kind -> [seconds, hidden seconds, bytes]
 
 
-def layer_matrices(model: LlamaConfig) -> int:
-    """Parameters of one layer's matmuls."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    return model.dim * heads + 3 * model.dim * model.ffn_dim
-
-
-def head_matrix(model: LlamaConfig) -> int:
-    """Parameters of the output matrix, or of the embedding's table."""
-    return model.dim * model.vocab_size
-
-
 def keys_seen(job: Job) -> float:
     """By a query, on average: those of its document up to itself. Documents count as equally long (of unequal ones, more are seen)."""
     return (min(job.seq_len, job.mean_document_length or job.seq_len) + 1) / 2
@@ -44,7 +32,7 @@ def keys_seen(job: Job) -> float:
 def operations(job: Job) -> dict[str, Work]:
     """What each operation on one micro-batch takes: those of one layer, and those of the ends."""
     model, value_bytes = job.model, job.hardware.value_bytes
-    layer, head = layer_matrices(model), head_matrix(model)
+    layer, head = model.layer_matrices, model.head_matrix
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     tokens = _tokens(job)
 
@@ -128,11 +116,11 @@ _NOTHING = np.zeros(3)
 def _parameters(job: Job) -> int:
     """Of one pp rank: slots for layers, and the ends, which every rank has."""
     slots = max(1, *job.layers_per_stage) * job.pipeline.num_chunks
-    return slots * layer_matrices(job.model) + _ends(job)
+    return slots * job.model.layer_matrices + _ends(job)
 
 
 def _ends(job: Job) -> int:
-    return head_matrix(job.model) * (1 if job.model.tie_embeddings else 2)
+    return job.model.head_matrix * (1 if job.model.tie_embeddings else 2)
 
 
 def _seconds(seconds: float) -> np.ndarray:

@@ -55,15 +55,12 @@ class Throughput:
 
 
 def flops_per_token(job: Job) -> float:
-    """Forward and backward: 6 for each parameter of a matmul (the output matrix is one, the embedding's look-up is not) and 12 for each
-    layer, query head, head dim and key seen, which are those of the document up to the query.
+    """Of the model alone, attention counted by the keys that the mask lets a query see.
 
     Table 4 of the paper seems to count attention so, causally: if in full, its third row would take so long (15 s) that attention could not
     have reached a quarter of the peak.
     """
-    model = job.model
-    attention = 12 * model.num_heads * model.head_dim * costs.keys_seen(job)
-    return model.num_layers * (6 * costs.layer_matrices(model) + attention) + 6 * costs.head_matrix(model)
+    return job.model.flops_per_token(costs.keys_seen(job))
 
 
 def estimate(job: Job) -> Throughput:

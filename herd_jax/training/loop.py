@@ -22,7 +22,7 @@ from herd_jax.models.params import count
 from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.checkpoint import Checkpointer
 from herd_jax.training.metrics import Console, MetricsWriter
-from herd_jax.training.run import RunConfig, build_steps, contradictions, flops_per_token
+from herd_jax.training.run import RunConfig, build_steps, contradictions
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 
@@ -176,7 +176,8 @@ class _Run:
             )
         tokens = ramp.tokens_before(step)
         rate = (tokens - ramp.tokens_before(first)) / elapsed
-        flops = rate * flops_per_token(self.steps.model.config, ramp.phase_at(step - 1).seq_len) / self.steps.layout.mesh.size
+        keys_seen = ramp.phase_at(step - 1).seq_len / 2  # causally over whole rows; documents may need less
+        flops = rate * self.steps.model.config.flops_per_token(keys_seen) / self.steps.layout.mesh.size
         newest = pending[-1]
         values = {name: float(newest[name]) for name in ("loss", "grad_norm", "learning_rate")}
         values |= {"tokens": tokens, "tokens_per_second": rate, "mfu": flops / self.peak if self.peak else None}

@@ -11,7 +11,7 @@ from herd_jax.data.rows import DataConfig
 from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig
 from herd_jax.models.attention import choose
-from herd_jax.models.config import LlamaConfig, ModelConfig
+from herd_jax.models.config import ModelConfig
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.parallel.schedule import PipelineConfig
@@ -155,11 +155,3 @@ def check_batches(ramp: Ramp, mesh: Mesh) -> None:
             raise UserError(
                 f"train.seq_len {phase.seq_len} does not divide by mesh.tp {tp} x mesh.cp {cp}{halves} = {parts}: choose a multiple of {parts}"
             )
-
-
-def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-    """Forward and backward FLOPs of a token: 6 a matmul parameter, attention counted causally over whole rows (documents may need less)."""
-    c = config
-    layer = c.dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * c.dim * c.ffn_dim
-    matmul_parameters = c.num_layers * layer + c.dim * c.vocab_size
-    return 6.0 * matmul_parameters + 6.0 * c.num_layers * c.num_heads * c.head_dim * seq_len

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from herd_jax.errors import UserError
-from herd_jax.mesh import AXES
+from herd_jax.mesh import on_mesh
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import collectives, data, pipeline
@@ -64,10 +64,7 @@ class Steps:
         return {field: BATCH_SPEC for field in BATCH_FIELDS}
 
     def _jit(self, function, in_specs, out_specs, **options):
-        if self.compute_dtype == jnp.float32:  # not TF32, where a GPU would take it
-            function = jax.default_matmul_precision("highest")(function)
-        mapped = jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, **options)
+        return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.compute_dtype, **options)
 
     def _train(self, state: State, batch: dict) -> tuple[State, dict]:
         loss, gradients = self._gradient(state.params, batch)

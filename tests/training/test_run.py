@@ -11,7 +11,7 @@ from herd_jax.config import parse, to_dict
 from herd_jax.errors import UserError
 from herd_jax.mesh import make_mesh
 from herd_jax.models.config import MODELS
-from herd_jax.training.run import RunConfig, build_steps, contradictions, flops_per_token
+from herd_jax.training.run import RunConfig, build_steps, contradictions
 
 BASE = {
     "workdir": "runs/test",
@@ -164,9 +164,9 @@ def test_flops_of_a_token_by_hand():
     """llama-tiny: 6 FLOPs a weight of a matmul, and attention's two products over half the row on average, three times."""
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, out, ffn
     attention = 3 * 2 * 2 * 4 * 16 * (100 / 2)
-    assert flops_per_token(MODELS["llama-tiny"], 100) == 6 * (4 * layer + 64 * 512) + 4 * attention
+    assert MODELS["llama-tiny"].flops_per_token(100 / 2) == 6 * (4 * layer + 64 * 512) + 4 * attention
 
 
 def test_flops_of_the_405b():
     """6 N D of the paper (405e9 x 6), within what attention at 8,192 tokens and the embedding change."""
-    assert flops_per_token(MODELS["llama3-405b"], 8192) == pytest.approx(6 * 405e9, rel=0.05)
+    assert MODELS["llama3-405b"].flops_per_token(8192 / 2) == pytest.approx(6 * 405e9, rel=0.05)
