@@ -1,0 +1,43 @@
+"""Records that change hands between the tasks of two phases, by key: the shuffle of MapReduce, on files.
+
+A directory holds one `.npy` a task, its records sorted by key. A task of the next phase takes a range of keys out of every file, through a
+memory map, so it holds its share of the records and no more.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from herd_jax.curation.block import task_file, unfinished
+
+KEY = ("key", "<u8")
+
+
+def write(directory: Path, task: int, records: np.ndarray) -> None:
+    """Writes the records of a task, a structured array with a field "key"; of equal keys the order stays."""
+    path = task_file(directory, task, "npy")
+    with unfinished(path).open("wb") as file:
+        np.save(file, records[np.argsort(records["key"], kind="stable")])
+    unfinished(path).rename(path)
+
+
+def read(directory: Path, low: int, high: int) -> np.ndarray:
+    """The records with keys in [low, high) of all tasks, sorted by key, equal keys in the order of their tasks."""
+    parts = [part[:] for part in parts_between(directory, low, high)]
+    records = np.concatenate(parts)
+    return records[np.argsort(records["key"], kind="stable")]
+
+
+def parts_between(directory: Path, low: int, high: int) -> Iterator[np.ndarray]:
+    """Of each task the records with keys in [low, high), sorted, mapped and not yet read."""
+    for file in sorted(directory.glob("*.npy")):
+        records = np.load(file, mmap_mode="r")
+        first = np.searchsorted(records["key"], np.uint64(low))
+        last = np.searchsorted(records["key"], np.uint64(high)) if high < 2**64 else len(records)
+        yield records[first:last]
+
+
+def key_range(task: int, num_tasks: int) -> tuple[int, int]:
+    """A task's share of the keys, where they are spread evenly over 64 bits."""
+    return task * 2**64 // num_tasks, (task + 1) * 2**64 // num_tasks
