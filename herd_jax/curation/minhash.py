@@ -59,7 +59,8 @@ class MinHash:
 
 
 def near_duplicates(records: np.ndarray) -> np.ndarray:
-    """DUPLICATE of BAND records: the documents that an earlier one shares a band with, each once, with the earliest of those."""
-    found = all_but_first(records[np.lexsort((records["document"], records["key"]))])
+    """DUPLICATE of BAND records as an exchange gives them, in order of key and document: the documents that an earlier one shares a band with,
+    each once, with the earliest of those."""
+    found = all_but_first(records)
     found = found[np.lexsort((found["kept"], found["key"]))]
     return found[is_first(found["key"])]

@@ -28,8 +28,7 @@ class PassageRecords:
 
 
 def repeated_passages(records: np.ndarray) -> np.ndarray:
-    """REPEATED of PASSAGE records: all of a key but the first."""
-    records = records[np.lexsort((records["position"], records["document"], records["key"]))]
+    """REPEATED of PASSAGE records as an exchange gives them, in order of key, document and position: all of a key but the first."""
     again = records[~is_first(records["key"])]
     found = np.empty(len(again), REPEATED)
     found["key"], found["position"] = again["document"], again["position"]

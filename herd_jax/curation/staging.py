@@ -1,5 +1,6 @@
 """Documents between phases: one Parquet file a task, written whole or not at all, read in pieces."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,35 +14,68 @@ COMPRESSION = "zstd"
 
 
 class Store(PipelineStep):
-    """Writes the documents that pass into `DIRECTORY/TASK.parquet`: columns id, text, and one a key of the metadata.
+    """Writes the documents that pass into `DIRECTORY/TASK.parquet`, or with `by`, a key of the metadata, into `DIRECTORY/VALUE/TASK.parquet`.
 
-    `columns` names the metadata with their types: "string", "float64" or "int64".
+    Columns are id, text, and the metadata that `columns` names with their types: "string", "float64" or "int64".
     """
 
     type = "writer"
     name = "store"
 
-    def __init__(self, directory: Path, columns: dict[str, str]):
+    def __init__(self, directory: Path, columns: dict[str, str], by: str | None = None):
         super().__init__()
-        self._directory, self._columns = directory, columns
+        self._directory, self._columns, self._by = directory, columns, by
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        files: dict[Path, _File] = {}
+        with contextlib.ExitStack() as stack:
+            if self._by is None:  # also of a task without documents
+                path = task_file(self._directory, rank, "parquet")
+                files[self._directory] = stack.enter_context(_File(path, self._columns))
+            for doc in data:
+                directory = self._directory / doc.metadata[self._by] if self._by else self._directory
+                if directory not in files:
+                    files[directory] = stack.enter_context(_File(task_file(directory, rank, "parquet"), self._columns))
+                files[directory].append(doc)
+                yield doc
+
+
+class _File:
+    """A Parquet file in the making; it gets its name when the block ends without an exception."""
+
+    def __init__(self, path: Path, columns: dict[str, str]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = pa.schema([("id", pa.string()), ("text", pa.large_string()), *((name, pa.type_for_alias(t)) for name, t in self._columns.items())])
-        path = task_file(self._directory, rank, "parquet")
-        with pq.ParquetWriter(unfinished(path), schema, compression=COMPRESSION) as writer:
-            rows, characters = [], 0
-            for doc in data:
-                rows.append({"id": doc.id, "text": writable(doc.text), **{name: doc.metadata.get(name) for name in self._columns}})
-                characters += len(doc.text) + 1
-                if characters >= BATCH_CHARACTERS:
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
-                    rows, characters = [], 0
-                yield doc
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-        unfinished(path).rename(path)
+        types = [(name, pa.type_for_alias(alias)) for name, alias in columns.items()]
+        self._schema = pa.schema([("id", pa.string()), ("text", pa.large_string()), *types])
+        self._path, self._columns = path, columns
+        self._writer = pq.ParquetWriter(unfinished(path), self._schema, compression=COMPRESSION)
+        self._rows: list[dict] = []
+        self._characters = 0
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def append(self, doc: Document) -> None:
+        values = {name: doc.metadata.get(name) for name in self._columns}
+        self._rows.append({"id": writable(doc.id), "text": writable(doc.text), **{k: writable(v) if isinstance(v, str) else v for k, v in values.items()}})
+        self._characters += len(doc.text) + 1
+        if self._characters >= BATCH_CHARACTERS:
+            self._write_rows()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self._write_rows()
+        self._writer.close()
+        if error is None:
+            unfinished(self._path).rename(self._path)
+
+    def _write_rows(self) -> None:
+        import pyarrow as pa
+
+        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows, self._characters = [], 0
 
 
 class Load(PipelineStep):
@@ -55,7 +89,8 @@ class Load(PipelineStep):
         self._directory = directory
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for place, row in enumerate(rows(task_file(self._directory, rank, "parquet"))):
+        path = task_file(self._directory, rank, "parquet")
+        for place, row in enumerate(rows(path)):
             doc_id, text = row.pop("id"), row.pop("text")
             yield Document(text=text, id=doc_id, metadata={**row, "number": document_number(rank, place)})
 

@@ -5,7 +5,6 @@ Source formats are `documents.py`, the format on disk is `streams.py`.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from herd_jax.data.documents import Piece, find_files, read_documents, work_units
-from herd_jax.data.streams import StreamWriter, token_dtype
+from herd_jax.data.parts import DOCUMENT, validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
 from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -33,8 +32,6 @@ from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 RESULTS = ("tokenizer", "validation", "train")  # in this order they appear in the target: train completes it
 UNFINISHED = ".unfinished"  # where they are made
 SAMPLE_UNITS = 64  # a trained tokenizer sees the beginnings of at most so many units of work
-# A document of a part: its length, the hash of its text (which decides its split), the UTF-8 bytes of its text.
-DOCUMENT = np.dtype([("num_tokens", "<i8"), ("hash", "<u8"), ("num_bytes", "<i8")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +115,8 @@ def _make_results(
         raise UserError(f"the sources hold no text ({reasons or 'nothing in them'}): name others")
     if fraction and (lone := _lone_document(parts, units, text_field)):
         parts = [directory / "parts" / "halves.documents"]
-        _write_part(encoder, _cut_in_two(lone, fraction), parts[0])
-    return _write_streams(parts, _validation_rule(parts, fraction), encoder, directory), skipped
+        write_part(encoder, _cut_in_two(lone, fraction), parts[0])
+    return write_streams(_used_up(parts), validation_rule(parts, fraction), encoder, directory), skipped
 
 
 def _make_tokenizer(tokenizer: str | int, units: Sequence[list[Piece]], text_field: str) -> Tokenizer:
@@ -188,19 +185,15 @@ def _tokenize_in_worker(unit: list[Piece], part: Path, text_field: str) -> tuple
 def _tokenize_unit(tokenizer: Tokenizer, unit: list[Piece], part: Path, text_field: str) -> tuple[Counter[str], int]:
     """Writes the unit's part; returns what was skipped and the source bytes dealt with."""
     skipped: Counter[str] = Counter()
-    _write_part(tokenizer, (text for piece in unit for text in read_documents(piece, text_field, skipped)), part)
+    write_part(tokenizer, (text for piece in unit for text in read_documents(piece, text_field, skipped)), part)
     return skipped, sum(piece.num_bytes for piece in unit)
 
 
-def _write_part(tokenizer: Tokenizer, texts: Iterable[str], part: Path) -> None:
-    """Writes documents in the order given: their tokens to `part.tokens`, a DOCUMENT for each to `part`."""
-    with part.open("wb") as documents, part.with_suffix(".tokens").open("wb") as tokens:
-        for text in texts:
-            ids = np.array(tokenizer.encode(text, bos=True, eos=True), token_dtype(tokenizer.vocab_size))
-            content = text.encode()
-            digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-            tokens.write(ids.data)
-            documents.write(np.array((len(ids), digest, len(content)), DOCUMENT).tobytes())
+def _used_up(parts: Sequence[Path]) -> Iterator[Path]:
+    """The parts; the tokens of each are removed once it is done with."""
+    for part in parts:
+        yield part
+        part.with_suffix(".tokens").unlink()
 
 
 def _lone_document(parts: Sequence[Path], units: Sequence[list[Piece]], text_field: str) -> str | None:
@@ -217,38 +210,3 @@ def _cut_in_two(text: str, fraction: float) -> list[str]:
     middle = int(len(text) * (1 - fraction))
     cut = text.rfind("\n", 0, middle) + 1 or middle
     return [half for half in (text[:cut], text[cut:]) if half.strip()]
-
-
-def _validation_rule(parts: Sequence[Path], fraction: float) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from hashes of documents to whether they are held out; both splits get some where two documents differ."""
-    limit = np.uint64(int(fraction * 2**64))
-    documents = np.concatenate([np.fromfile(part, DOCUMENT) for part in parts])
-    held_out = documents["hash"] < limit
-    if fraction == 0 or (len(documents) * fraction >= 1 and 0 < held_out.sum() < len(documents)):
-        return lambda hashes: hashes < limit
-    hashes, first = np.unique(documents["hash"], return_index=True)
-    if len(hashes) == 1:
-        return lambda hashes: np.zeros(len(hashes), bool)
-    sizes = documents["num_bytes"][first]
-    nearest = hashes[np.argmin(np.abs(sizes - fraction * sizes.sum()))]
-    return lambda hashes: hashes == nearest
-
-
-def _write_streams(
-    parts: Sequence[Path], is_held_out: Callable[[np.ndarray], np.ndarray], tokenizer: Tokenizer, directory: Path
-) -> list[tuple[int, int]]:
-    """Joins the parts, in order, to the streams below `directory`; returns (train, validation) documents, tokens and bytes."""
-    counts = np.zeros((3, 2), np.int64)
-    settings = dict(vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint)
-    with StreamWriter(directory / "train", **settings) as train, StreamWriter(directory / "validation", **settings) as validation:
-        for part in parts:
-            documents = np.fromfile(part, DOCUMENT)
-            tokens = np.fromfile(part.with_suffix(".tokens"), token_dtype(tokenizer.vocab_size))
-            held_out = is_held_out(documents["hash"])
-            for split, (writer, chosen) in enumerate(((train, ~held_out), (validation, held_out))):
-                lengths, num_bytes = documents["num_tokens"][chosen], documents["num_bytes"][chosen].sum()
-                split_tokens = tokens[np.repeat(chosen, documents["num_tokens"])]
-                writer.append(split_tokens, lengths, num_bytes)
-                counts[:, split] += len(lengths), len(split_tokens), num_bytes
-            part.with_suffix(".tokens").unlink()
-    return [(int(train_count), int(validation_count)) for train_count, validation_count in counts]

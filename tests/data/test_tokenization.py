@@ -209,7 +209,7 @@ def test_an_interrupted_run_leaves_what_was_there(monkeypatch, tmp_path, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("herd_jax.data.tokenization.StreamWriter.append", fail)
+    monkeypatch.setattr("herd_jax.data.parts.StreamWriter.append", fail)
     with pytest.raises((KeyboardInterrupt, UserError), match="^$|t cannot be made: .*No space left"):
         tokenize_files(**arguments, overwrite=True)
     assert files_below(tmp_path / "t") == before
