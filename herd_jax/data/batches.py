@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from herd_jax.data.mixture import Mixture
 from herd_jax.data.ramp import Phase, Ramp
-from herd_jax.data.rows import DataConfig, training_rows, validation_rows
+from herd_jax.data.rows import DataConfig, TrainingRows, validation_rows
 from herd_jax.data.streams import TokenStream
 from herd_jax.parallel.context import zigzag_order
 
@@ -22,9 +23,8 @@ class TrainingBatches:
 
     def __init__(self, config: DataConfig, streams: Sequence[TokenStream], ramp: Ramp, seed: int, num_steps: int, sharding: NamedSharding):
         self.ramp, self.num_steps, self.sharding = ramp, num_steps, sharding
-        weights = list(config.sources.values())
         lengths = {phase.seq_len for phase in ramp.phases}
-        self.rows = {n: training_rows(streams, weights, n, _seed(seed, n), config.document_mask) for n in lengths}
+        self.rows = {n: TrainingRows(streams, mixture(config, ramp, n), n, _seed(seed, n), config.document_mask) for n in lengths}
 
     def __len__(self) -> int:
         return self.num_steps
@@ -37,6 +37,13 @@ class TrainingBatches:
         """Batches from `first_step` on, read ahead by Grain's threads."""
         options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=NUM_PREFETCHED)
         return iter(grain.MapDataset.source(self)[first_step:].to_iter_dataset(options))
+
+
+def mixture(config: DataConfig, ramp: Ramp, seq_len: int) -> Mixture:
+    """The mixture of the rows of one length: a phase of `config.phases` begins with the first row of its first step."""
+    steps = [0, *(ramp.step_at(phase.from_tokens) for phase in config.phases)]
+    weights = [[sources.get(path, 0.0) for path in config.paths] for sources in config.mixtures]
+    return Mixture([(ramp.rows_before(step, seq_len), of_phase) for step, of_phase in zip(steps, weights, strict=True)])
 
 
 def validation_batches(

@@ -57,9 +57,21 @@ class Ramp:
         """Tokens trained on when `step` steps are done."""
         return sum(num_steps * phase.tokens_per_step for phase, num_steps in self._spans(step))
 
+    def step_at(self, tokens: int) -> int:
+        """The first step before which at least `tokens` have been trained on; also the number of steps that it takes to train on them."""
+        firsts = self.first_steps()
+        for phase, first, end in zip(self.phases, firsts, [*firsts[1:], None]):
+            step = first + max(0, -(-(tokens - self.tokens_before(first)) // phase.tokens_per_step))
+            if end is None or step < end:
+                return step
+        raise AssertionError("the last phase has no end")
+
     def first_row(self, step: int) -> int:
         """Index of the first row of step `step` among the rows of its sequence length."""
-        seq_len = self.phase_at(step).seq_len
+        return self.rows_before(step, self.phase_at(step).seq_len)
+
+    def rows_before(self, step: int, seq_len: int) -> int:
+        """Rows of `seq_len` tokens among those of the first `step` steps."""
         return sum(num_steps * phase.global_batch_size for phase, num_steps in self._spans(step) if phase.seq_len == seq_len)
 
     def _spans(self, step: int) -> list[tuple[Phase, int]]:

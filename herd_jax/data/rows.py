@@ -1,6 +1,6 @@
-"""Rows of training and validation: token streams cut to a sequence length, packed with segment ids, shuffled and mixed by Grain.
+"""Rows of training and validation: token streams cut to a sequence length, packed with segment ids, shuffled by Grain and mixed.
 
-Assembling rows into global batches is not here.
+Whose turn it is lives in `mixture.py`; assembling rows into global batches is not here either.
 """
 
 import dataclasses
@@ -12,38 +12,69 @@ from typing import Literal
 import grain
 import numpy as np
 
+from herd_jax.data.mixture import Mixture
 from herd_jax.data.streams import TokenStream
 from herd_jax.errors import UserError
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
+class MixPhase:
+    """From `from_tokens` tokens of training on, the mixture is that of `sources`."""
+
+    from_tokens: int
+    sources: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to read. `open_streams` checks it."""
+    """What to read. `open_streams` checks it.
+
+    `phases` change the mixture in flight (section 3.1.2): one begins at the first step before which at least its `from_tokens` have been
+    trained on. It may add sources and leave some out; each goes on where it was.
+    """
 
     sources: dict[str, float]  # directory made by herd_jax.tokenize -> weight (relative)
     tokenizer: str = ""  # name or path; empty: the one stored beside the first source
     document_mask: bool = True  # documents in a row do not see each other (section 3.2)
+    phases: tuple[MixPhase, ...] = ()
+
+    @property
+    def mixtures(self) -> list[dict[str, float]]:
+        return [self.sources, *(phase.sources for phase in self.phases)]
+
+    @property
+    def paths(self) -> list[str]:
+        """Every source of the run, in the order in which they first appear."""
+        return list(dict.fromkeys(path for sources in self.mixtures for path in sources))
 
 
 def open_streams(config: DataConfig, split: Literal["train", "validation"]) -> list[TokenStream]:
-    """The streams of one split, in the order of `config.sources`.
+    """The streams of one split, in the order of `config.paths`.
 
-    Raises UserError for no sources, a missing, damaged or empty one, a weight that is not positive and finite, or sources of
-    different tokenizers.
+    Raises UserError for no sources, a missing, damaged or empty one, a weight that is not positive and finite, sources of different
+    tokenizers, or phases that do not follow one another.
     """
-    if not config.sources:
-        raise UserError("data.sources is empty: name at least one directory made by python -m herd_jax.tokenize")
-    for path, weight in config.sources.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"data.sources gives {path} the weight {weight!r}: it must be a positive finite number")
-        if not Path(path).expanduser().is_dir():
-            raise UserError(f"data source {path} does not exist: make it with python -m herd_jax.tokenize --target {path}")
-    streams = [TokenStream(Path(path).expanduser() / split) for path in config.sources]
+    starts = [0, *(phase.from_tokens for phase in config.phases)]
+    if any(later <= earlier for earlier, later in zip(starts, starts[1:])):
+        raise UserError(f"data.phases start from {starts[1:]} tokens: the first must start from 1 or more, each later one from more")
+    for index, sources in enumerate(config.mixtures):
+        _check_weights(sources, f"data.phases[{index - 1}].sources" if index else "data.sources")
+    streams = [TokenStream(Path(path).expanduser() / split) for path in config.paths]
     for stream in streams[1:]:
         if stream.tokenizer_fingerprint != streams[0].tokenizer_fingerprint:
             raise UserError(f"data.sources mixes tokenizers: {stream.path} and {streams[0].path} were made with different ones")
     return streams
+
+
+def _check_weights(sources: dict[str, float], key: str) -> None:
+    if not sources:
+        raise UserError(f"{key} is empty: name at least one directory made by python -m herd_jax.tokenize")
+    for path, weight in sources.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"{key} gives {path} the weight {weight!r}: it must be a positive finite number")
+        if not Path(path).expanduser().is_dir():
+            raise UserError(f"data source {path} does not exist: make it with python -m herd_jax.tokenize --target {path}")
 
 
 def load_data_tokenizer(config: DataConfig, streams: Sequence[TokenStream]) -> Tokenizer:
@@ -65,27 +96,31 @@ def check_vocabulary(streams: Sequence[TokenStream], model_vocab_size: int) -> N
             )
 
 
-def training_rows(
-    streams: Sequence[TokenStream], weights: Sequence[float], seq_len: int, seed: int, document_mask: bool = True
-) -> grain.MapDataset:
-    """Rows without end; row i, for any i >= 0, depends on the streams, the weights, `seq_len`, `seed` and i alone.
+class TrainingRows:
+    """Rows without end; row i, for any i >= 0, depends on the streams, the mixture, `seq_len`, `seed` and i alone.
 
-    Each source is shuffled anew in each of its epochs and shows every row once an epoch; sources alternate in proportion to
-    `weights` (to 1 %). A row is a dict of arrays [S], see `StreamRows`. Raises UserError where `seq_len` is longer than a stream.
+    Each source is shuffled anew in each of its epochs and shows every row once an epoch, whatever the mixture does meanwhile. A row is a
+    dict of arrays [S], see `StreamRows`. Raises UserError where `seq_len` is longer than a stream.
     """
-    shortest = min(streams, key=lambda stream: stream.num_tokens)
-    if shortest.num_tokens <= seq_len:
-        raise UserError(
-            f"train.seq_len {seq_len} is longer than the data: {shortest.path} has {shortest.num_tokens} tokens, "
-            f"so the largest possible is {shortest.num_tokens - 1}"
-        )
-    # Grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds and sources from sharing orders.
-    seeds = np.random.SeedSequence(seed).generate_state(len(streams))
-    sources = [
-        grain.MapDataset.source(StreamRows(stream, seq_len, document_mask)).shuffle(seed=int(source_seed)).repeat()
-        for stream, source_seed in zip(streams, seeds, strict=True)
-    ]
-    return grain.MapDataset.mix(sources, list(weights))
+
+    def __init__(self, streams: Sequence[TokenStream], mixture: Mixture, seq_len: int, seed: int, document_mask: bool = True):
+        shortest = min(streams, key=lambda stream: stream.num_tokens)
+        if shortest.num_tokens <= seq_len:
+            raise UserError(
+                f"train.seq_len {seq_len} is longer than the data: {shortest.path} has {shortest.num_tokens} tokens, "
+                f"so the largest possible is {shortest.num_tokens - 1}"
+            )
+        # Grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds and sources from sharing orders.
+        seeds = np.random.SeedSequence(seed).generate_state(len(streams))
+        self._mixture = mixture
+        self._sources = [
+            grain.MapDataset.source(StreamRows(stream, seq_len, document_mask)).shuffle(seed=int(source_seed)).repeat()
+            for stream, source_seed in zip(streams, seeds, strict=True)
+        ]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        source, row = self._mixture.locate(index)
+        return self._sources[source][row]
 
 
 def validation_rows(

@@ -68,9 +68,10 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
 
 def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps, initial: Initial | None = None) -> tuple[State, int]:
     """The newest readable state and the number of steps it has taken, else a fresh one, with the `initial` weights if there are any."""
-    saved = checkpointer.config()
-    if saved is not None:
-        wrong = contradictions(saved, to_dict(config))
+    newest = checkpointer.newest()
+    if newest is not None:
+        _, saved = newest
+        wrong = contradictions(saved["config"], to_dict(config), saved["position"]["tokens"])
         if wrong:
             raise UserError(
                 f"the checkpoints in {config.workdir} were made with other values of {', '.join(wrong)}: "

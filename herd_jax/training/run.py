@@ -110,15 +110,17 @@ class RunConfig:
 SETTLED = ("seed", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
 
 
-def contradictions(saved: dict, config: dict) -> list[str]:
-    """The fields of a run's config (as `to_dict` has it) that contradict those that its checkpoint was made with."""
+def contradictions(saved: dict, config: dict, tokens: int) -> list[str]:
+    """The fields of a run's config (as `to_dict` has it) that contradict those that its checkpoint, after `tokens` tokens, was made with."""
 
-    def without_micro_batches(config: dict) -> dict:  # their number changes no result
-        phases = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
-        return {**config, "train": {**config["train"], "phases": phases}}
+    def settled(config: dict) -> dict:
+        """Without what has changed no result so far: numbers of micro-batches, and changes of the mixture that are still to come."""
+        ramp = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
+        mixtures = [phase for phase in config["data"].get("phases", []) if phase["from_tokens"] < tokens]
+        return {**config, "train": {**config["train"], "phases": ramp}, "data": {**config["data"], "phases": mixtures}}
 
-    differing = differences(without_micro_batches(saved), without_micro_batches(config))
-    return [name for name in differing if any(name == settled or name.startswith(settled + ".") for settled in SETTLED)]
+    differing = differences(settled(saved), settled(config))
+    return [name for name in differing if any(name == key or name.startswith(key + ".") for key in SETTLED)]
 
 
 def build_steps(config: RunConfig, mesh: Mesh) -> Steps:

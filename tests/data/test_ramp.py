@@ -69,6 +69,8 @@ def test_any_ramp_against_counting(ramp):
         assert phase == expected
         assert ramp.tokens_before(step) == tokens
         assert ramp.first_row(step) == rows[phase.seq_len]
+        assert [ramp.rows_before(step, seq_len) for seq_len in rows] == list(rows.values())
+        assert ramp.step_at(tokens) == step and ramp.step_at(tokens + 1) == step + 1
         tokens += phase.tokens_per_step
         rows[phase.seq_len] += phase.global_batch_size
 

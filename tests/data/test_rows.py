@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from herd_jax.data.mixture import Mixture
 from herd_jax.data.rows import (
     DataConfig,
     StreamRows,
+    TrainingRows,
     check_vocabulary,
     load_data_tokenizer,
     open_streams,
-    training_rows,
     validation_rows,
 )
 from herd_jax.data.streams import StreamWriter, TokenStream
@@ -89,6 +90,10 @@ def test_a_row_worked_by_hand(tmp_path):
 @pytest.fixture
 def streams(tmp_path):
     return [make_stream(tmp_path / "a", [5] * 60), make_stream(tmp_path / "b", [7] * 20, first_token=10_000)]
+
+
+def training_rows(streams, weights, seq_len, seed):
+    return TrainingRows(streams, Mixture([(0, weights)]), seq_len, seed)
 
 
 def as_bytes(row):

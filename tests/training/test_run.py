@@ -129,7 +129,7 @@ def test_phases_take_micro_batches_of_train_unless_they_have_their_own():
 
 
 def changed(**overrides):
-    return contradictions(to_dict(config()), to_dict(config(**overrides)))
+    return contradictions(to_dict(config()), to_dict(config(**overrides)), tokens=0)
 
 
 def test_contradictions_are_named():
@@ -152,7 +152,21 @@ def test_what_a_resume_may_change():
 
 def test_a_resume_may_change_the_micro_batches_of_phases():
     saved, run = (to_dict(config(train__phases=phases(num_micro_batches=n))) for n in (2, 4))
-    assert saved != run and not contradictions(saved, run)
+    assert saved != run and not contradictions(saved, run, tokens=0)
+
+
+def test_the_mixture_may_change_in_what_is_to_come():
+    """After 500 tokens: phases from 500 on are free, also in a config that knew of none."""
+
+    def mixed(*starts, weight=1.0):
+        return to_dict(config(data={"sources": "data/test", "phases": [{"from_tokens": n, "sources": {"data/test": weight}} for n in starts]}))
+
+    assert not contradictions(mixed(100), mixed(100, 500, 900), tokens=500)
+    assert contradictions(mixed(100), mixed(100, 499), tokens=500) == ["data.phases"]
+    assert contradictions(mixed(100), mixed(100, weight=2.0), tokens=500) == ["data.phases"]
+    assert contradictions(mixed(), mixed(100), tokens=500) == ["data.phases"]
+    older = {**mixed(), "data": {name: value for name, value in mixed()["data"].items() if name != "phases"}}
+    assert not contradictions(older, mixed(500), tokens=500)
 
 
 def test_a_config_goes_through_a_checkpoint():
