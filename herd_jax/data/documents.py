@@ -1,4 +1,4 @@
-"""Source files as documents: `.jsonl`, `.jsonl.gz` and `.parquet` hold many, any other text file is one.
+"""Source files as documents: `.jsonl` (also `.gz`, `.zst`) and `.parquet` hold many, any other text file is one.
 
 What becomes of the documents is not here.
 """
@@ -6,6 +6,7 @@ What becomes of the documents is not here.
 import dataclasses
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
@@ -13,11 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any, BinaryIO
 
 from herd_jax.errors import UserError
 
 UNIT_BYTES = (2**20, 2**26)  # least and most source bytes in a unit of work
 NUM_UNITS = 512  # aimed at between those limits
+BATCH_BYTES = 2**24  # of the rows of a `.parquet` that are in memory at once, if all are as long as their mean
+TOO_LONG = "documents that are too long"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +73,36 @@ def work_units(files: Sequence[Path]) -> list[list[Piece]]:
 
 def read_documents(piece: Piece, text_field: str, skipped: Counter[str]) -> Iterator[str]:
     """The texts of a piece that are not blank; what had to be left out is counted in `skipped` under its reason."""
+    if holds_rows(piece.path):
+        texts = (row[text_field] for _, row in read_rows(piece, text_field, (), skipped))
+    else:
+        texts = _file_text(piece.path, skipped)
+    for text in texts:
+        if text.strip():
+            yield text
+        else:
+            skipped["empty documents"] += 1
+
+
+def holds_rows(file: Path) -> bool:
+    """Whether it is of a format that holds many documents, as rows with fields."""
+    return _kind(file) != "text"
+
+
+def read_rows(
+    piece: Piece, text_field: str, other_fields: Sequence[str], skipped: Counter[str], max_bytes: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(position in the file, fields) of the rows of a piece that have a text; what had to be left out is counted in `skipped`.
+
+    The position is the first byte of a line (of the decompressed file), or the number of a row. Of a `.parquet` only `text_field` and what
+    it has of `other_fields` is read. Rows of more than `max_bytes` are left out; lines among them are never in memory as a whole.
+    """
     try:
-        for text in _texts(piece, text_field, skipped):
-            if text.strip():
-                yield text
-            else:
-                skipped["empty documents"] += 1
-    except UnicodeError:
-        skipped["files that are not UTF-8 text"] += 1
+        if _kind(piece.path) == "parquet":
+            yield from _parquet_rows(piece, text_field, other_fields, skipped, max_bytes)
+        else:
+            with _open_lines(piece.path) as file:
+                yield from _json_rows(file, piece, text_field, skipped, max_bytes)
     except (OSError, EOFError, zlib.error):
         skipped["files that could not be read to their end"] += 1
 
@@ -93,58 +119,93 @@ def _pieces(file: Path, size: int, unit_bytes: int) -> list[Piece]:
             return [Piece(file, 0, size, size)]
 
 
-def _texts(piece: Piece, text_field: str, skipped: Counter[str]) -> Iterator[str]:
-    match _kind(piece.path):
-        case "jsonl":
-            with piece.path.open("rb") as file:
-                # A line belongs to the piece in which its first byte lies.
-                if piece.start:
-                    file.seek(piece.start - 1)
-                    file.readline()
-                while file.tell() < piece.stop:
-                    yield from _line_text(file.readline(), text_field, skipped)
-        case "jsonl.gz":
-            with gzip.open(piece.path, "rb") as file:
-                for line in file:
-                    yield from _line_text(line, text_field, skipped)
-        case "parquet":
-            yield from _row_texts(piece, text_field, skipped)
-        case _:
-            content = piece.path.read_bytes()
-            if b"\0" in content:
-                skipped["files that are not UTF-8 text"] += 1
-            else:
-                yield content.decode("utf-8-sig")
-
-
-def _line_text(line: bytes, text_field: str, skipped: Counter[str]) -> Iterator[str]:
-    if not line.strip():
-        return
+def _file_text(path: Path, skipped: Counter[str]) -> Iterator[str]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        content = path.read_bytes()
+        if b"\0" in content:
+            skipped["files that are not UTF-8 text"] += 1
+        else:
+            yield content.decode("utf-8-sig")
+    except UnicodeError:
+        skipped["files that are not UTF-8 text"] += 1
+    except OSError:
+        skipped["files that could not be read to their end"] += 1
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    match _kind(path):
+        case "jsonl.gz":
+            return gzip.open(path, "rb")
+        case "jsonl.zst":
+            return io.BufferedReader(_import_parquet().input_stream(str(path), compression="zstd"), 2**20)
+        case _:
+            return path.open("rb")
+
+
+def _json_rows(
+    file: BinaryIO, piece: Piece, text_field: str, skipped: Counter[str], max_bytes: int | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    is_cut = _kind(piece.path) == "jsonl"
+    position = 0
+    if is_cut and piece.start:  # a line belongs to the piece in which its first byte lies
+        file.seek(piece.start - 1)
+        position = piece.start - 1 + sum(map(len, _rest_of_line(file)))
+    while not is_cut or position < piece.stop:
+        line = file.readline(-1 if max_bytes is None else max_bytes)
+        if not line:
+            return
+        start, position = position, position + len(line)
+        if len(line) == max_bytes and not line.endswith(b"\n"):
+            position += sum(map(len, _rest_of_line(file)))
+            skipped[TOO_LONG] += 1
+        elif line.strip() and (row := _json_row(line, text_field, skipped)):
+            yield start, row
+
+
+def _rest_of_line(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.readline(2**20):
+        yield chunk
+        if chunk.endswith(b"\n"):
+            return
+
+
+def _json_row(line: bytes, text_field: str, skipped: Counter[str]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         skipped["lines that are not JSON"] += 1
-        return
-    text = record.get(text_field) if isinstance(record, dict) else None
+        return None
+    text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str) or not _is_unicode(text):
         skipped[f"lines without a text in field {text_field!r}"] += 1
-        return
-    yield text
+        return None
+    return row
 
 
-def _row_texts(piece: Piece, text_field: str, skipped: Counter[str]) -> Iterator[str]:
+def _parquet_rows(
+    piece: Piece, text_field: str, other_fields: Sequence[str], skipped: Counter[str], max_bytes: int | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     pyarrow = _import_parquet()
     try:
-        file = pyarrow.parquet.ParquetFile(piece.path)
+        file = pyarrow.parquet.ParquetFile(piece.path, buffer_size=2**20)
         if text_field not in file.schema_arrow.names:
             skipped[f"row groups without a column {text_field!r}"] += 1
             return
-        for batch in file.iter_batches(batch_size=1024, row_groups=[piece.start], columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                if isinstance(text, str):
-                    yield text
-                else:
+        position = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        group = file.metadata.row_group(piece.start)
+        mean_bytes = group.total_byte_size // max(group.num_rows, 1)
+        columns = [text_field, *(name for name in other_fields if name in file.schema_arrow.names)]
+        batches = file.iter_batches(min(max(BATCH_BYTES // max(mean_bytes, 1), 1), 1024), row_groups=[piece.start], columns=columns)
+        for batch in batches:
+            for index, row in enumerate(batch.to_pylist()):
+                text = row[text_field]
+                if not isinstance(text, str):
                     skipped[f"rows without a text in column {text_field!r}"] += 1
+                elif max_bytes is not None and len(text) > max_bytes:
+                    skipped[TOO_LONG] += 1
+                else:
+                    yield position + index, row
+            position += batch.num_rows
     except pyarrow.ArrowException:
         skipped["files that could not be read to their end"] += 1
 
@@ -162,13 +223,13 @@ def _import_parquet() -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("reading .parquet needs the package pyarrow: pip install 'herd-jax[parquet]'") from error
+        raise UserError("reading .parquet and .zst needs the package pyarrow: pip install 'herd-jax[parquet]'") from error
     return pyarrow
 
 
 def _kind(file: Path) -> str:
     name = file.name.lower()
-    return next((kind for kind in ("jsonl", "jsonl.gz", "parquet") if name.endswith(f".{kind}")), "text")
+    return next((kind for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet") if name.endswith(f".{kind}")), "text")
 
 
 def _is_unicode(text: str) -> bool:
