@@ -1,0 +1,224 @@
+"""Documents of blocked sites go: lists of domains, whole URLs and words in the URL (section 3.1.1 of the paper, PII and safety filtering).
+
+A list of domains may have millions of lines. It becomes a sorted array of 64-bit hashes in a file that every worker maps (8 bytes a line,
+in memory once a machine). With n lines, a host that is not listed is taken for one that is with odds of n / 2**64 for each of its
+parent domains: 2.5e-13 for the 4.6 million of datatrove.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import itertools
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from datatrove.data import Document
+
+from herd_jax.curation.block import Block
+from herd_jax.errors import UserError
+
+URL_CHARACTERS = 8192  # of a longer URL the beginning is judged
+_HOST_CHARACTERS = 253  # the most that a name may have (RFC 1035); a longer one is on no list
+_FORMAT = 1  # of the cached hashes: to be raised whenever `_host` or `_address` changes
+_PACKAGED = "url_filterblacklistsv0_3_0.tar.gz"  # members "domains" and "urls"
+_SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?//")
+_PLAIN_HOST = re.compile(rf"[a-z0-9][a-z0-9.-]{{,{_HOST_CHARACTERS - 2}}}[a-z0-9]")
+_NOT_ALPHANUMERIC = re.compile(r"[^a-z0-9]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class UrlSafetyConfig:
+    """Lists are files of one entry a line ("#" begins a comment line); a domain also stands for its subdomains.
+
+    `use_datatrove_lists` adds the lists that datatrove packages to `blocked_domains`, `blocked_urls`, `hard_words`, `soft_words` and
+    `subwords`. A URL goes for one hard word, `soft_word_threshold` different soft words, or one subword in its letters and digits.
+    """
+
+    use_datatrove_lists: bool = True
+    adult_domains: tuple[str, ...] = ()
+    high_pii_domains: tuple[str, ...] = ()
+    unsafe_domains: tuple[str, ...] = ()
+    blocked_domains: tuple[str, ...] = ()
+    blocked_urls: tuple[str, ...] = ()
+    hard_words: tuple[str, ...] = ()
+    soft_words: tuple[str, ...] = ()
+    soft_word_threshold: int = 2
+    subwords: tuple[str, ...] = ()
+    cache_dir: str = "~/.cache/herd_jax/url_lists"  # of the hashed lists: about 8 bytes a line
+
+    def __post_init__(self):
+        if self.soft_word_threshold < 1:
+            raise UserError(f"curation urls.soft_word_threshold is {self.soft_word_threshold}: it must be 1 or more")
+
+
+class UrlSafety(Block):
+    """Drops for "adult_domain", "high_pii_domain", "unsafe_domain", "blocked_domain", "blocked_url", "hard_word", "soft_words", "subword".
+
+    The lists are asked in that order; documents without a URL pass. What datatrove's URLFilter drops is dropped, and more: letter case,
+    scheme, port, "www." and a last slash do not matter, addresses count as hosts, and every parent of the host is looked up.
+    """
+
+    name = "url_safety"
+
+    def __init__(self, config: UrlSafetyConfig):
+        super().__init__()
+        self._config = config
+        lists = (value for value in dataclasses.asdict(config).values() if isinstance(value, tuple))
+        for path in itertools.chain.from_iterable(lists):
+            if not Path(path).is_file():
+                raise UserError(f"the URL list {path} does not exist: correct its name in the section urls of the config")
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        url = doc.metadata.get("url", "")[:URL_CHARACTERS]
+        if not url:
+            return True
+        host = _host(url)
+        parents = _hashes(host[index:] for index in [0] + [dot + 1 for dot, char in enumerate(host) if char == "."])
+        for reason, listed in self._domains.items():
+            if _any_listed(listed, parents):
+                return False, reason
+        if _any_listed(self._urls, _hashes([_address(url)])):
+            return False, "blocked_url"
+        url = url.lower()
+        words = set(_NOT_ALPHANUMERIC.split(url))
+        if not self._hard_words.isdisjoint(words):
+            return False, "hard_word"
+        if len(self._soft_words & words) >= self._config.soft_word_threshold:
+            return False, "soft_words"
+        squeezed = _squeeze(url)
+        if any(subword in squeezed for subword in self._subwords):
+            return False, "subword"
+        return True
+
+    @functools.cached_property
+    def _domains(self) -> dict[str, np.ndarray]:
+        """Reason -> sorted hashes of the domains dropped for it: uint64 [n]."""
+        config = self._config
+        return {
+            "adult_domain": self._mapped("adult_domains", config.adult_domains, _host),
+            "high_pii_domain": self._mapped("high_pii_domains", config.high_pii_domains, _host),
+            "unsafe_domain": self._mapped("unsafe_domains", config.unsafe_domains, _host),
+            "blocked_domain": self._mapped("blocked_domains", config.blocked_domains, _host, packaged="domains"),
+        }
+
+    @functools.cached_property
+    def _urls(self) -> np.ndarray:
+        return self._mapped("blocked_urls", self._config.blocked_urls, _address, packaged="urls")
+
+    @functools.cached_property
+    def _hard_words(self) -> frozenset[str]:
+        return self._words(self._config.hard_words, "banned_words.txt")
+
+    @functools.cached_property
+    def _soft_words(self) -> frozenset[str]:
+        return self._words(self._config.soft_words, "soft_banned_words.txt")
+
+    @functools.cached_property
+    def _subwords(self) -> frozenset[str]:
+        return self._words(self._config.subwords, "banned_subwords.txt")
+
+    def _words(self, paths: tuple[str, ...], packaged: str) -> frozenset[str]:
+        packages = [_assets() / packaged] if self._config.use_datatrove_lists else []
+        return frozenset(_squeeze(entry.lower()) for path in [*packages, *map(Path, paths)] for entry in _entries(path.open("rb"))) - {""}
+
+    def _mapped(self, name: str, paths: tuple[str, ...], normalize: Callable[[str], str], packaged: str = "") -> np.ndarray:
+        """The sorted hashes of the lists' normalized entries, mapped from the cache, where the first to need them writes them."""
+        packages = [_assets() / _PACKAGED] if packaged and self._config.use_datatrove_lists else []
+        if not packages and not paths:
+            return np.empty(0, np.uint64)
+        digest = hashlib.sha256(f"{_FORMAT} {name}".encode())
+        for path in [*packages, *map(Path, paths)]:
+            with path.open("rb") as list_file:
+                digest.update(hashlib.file_digest(list_file, "sha256").digest())
+        directory = Path(self._config.cache_dir).expanduser()
+        file = directory / f"{name}-{digest.hexdigest()[:32]}.npy"
+        if not file.is_file():
+            entries = itertools.chain(
+                *(_packaged_entries(path, packaged) for path in packages), *(_entries(Path(path).open("rb")) for path in paths)
+            )
+            hashes = _hashes(filter(None, map(normalize, entries)))
+            hashes.sort()
+            unfinished = directory / f"{file.name}.{os.uname().nodename}.{os.getpid()}"
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                with unfinished.open("wb") as out:
+                    np.save(out, hashes)
+                unfinished.rename(file)
+            except OSError as error:
+                raise UserError(
+                    f"the hashed URL lists cannot be written to {directory} ({error.strerror}): set urls.cache_dir to a directory with room"
+                ) from None
+        return np.load(file, mmap_mode="r")
+
+
+def _hashes(entries: Iterable[str]) -> np.ndarray:
+    """uint64 [n], the same on every machine."""
+    return np.frombuffer(array("Q", (xxhash.xxh3_64_intdigest(entry.encode("utf-8", "surrogatepass")) for entry in entries)), np.uint64)
+
+
+def _any_listed(listed: np.ndarray, hashes: np.ndarray) -> bool:
+    if not len(listed):
+        return False
+    places = np.minimum(np.searchsorted(listed, hashes), len(listed) - 1)
+    return bool((listed[places] == hashes).any())
+
+
+def _authority(url: str) -> tuple[str, str]:
+    """Host with the port, and the rest from the path on; never fails."""
+    scheme = _SCHEME.match(url)
+    url = url[scheme.end() :] if scheme else url
+    end = min((place for place in map(url.find, "/?#\\") if place >= 0), default=len(url))
+    return url[:end].rpartition("@")[2], url[end:]
+
+
+def _host(url: str) -> str:
+    """The host of a URL or of a line of a list: lower case, international names as in DNS, an address without brackets; "" for none."""
+    if _PLAIN_HOST.fullmatch(url):  # nearly every line of a list of domains
+        return url
+    host = _authority(url.strip())[0]
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:  # more of them are an IPv6 address
+        host = host.partition(":")[0]
+    host = host.strip(".").lower()
+    if len(host) > _HOST_CHARACTERS:
+        return ""
+    if not host.isascii():
+        try:
+            host = host.encode("idna").decode("ascii")
+        except UnicodeError:
+            pass  # no name that DNS knows: compared as it is written
+    return host
+
+
+def _address(url: str) -> str:
+    """What tells pages apart: host, path and query, with no scheme, user, port, "www.", fragment and last slash."""
+    path = _authority(url.strip())[1].partition("#")[0]
+    return _host(url).removeprefix("www.") + path.rstrip("/")
+
+
+def _squeeze(text: str) -> str:
+    return _NOT_ALPHANUMERIC.sub("", text)
+
+
+def _entries(file: Iterable[bytes]) -> Iterator[str]:
+    for line in file:
+        entry = line.decode("utf-8", "replace").strip()
+        if entry and not entry.startswith("#"):
+            yield entry
+
+
+def _packaged_entries(path: Path, member: str) -> Iterator[str]:
+    with tarfile.open(path, "r:gz") as tar:
+        yield from _entries(tar.extractfile(member))
+
+
+def _assets() -> Path:
+    return Path(str(importlib.resources.files("datatrove"))) / "assets"
