@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py                 # 2 layers of llama3-8b in BF16 (2.98 GB), huggingface -> herd -> huggingface, and a copy
     python benchmarks/convert.py --layers 8 --directory /a/disk --to meta
+    python benchmarks/convert.py --run --layers 6 --vocab-size 16000    # from a checkpoint of a training run on one device, in FP32
 
 Each conversion is a process of its own, whose peak of resident memory is printed beside the largest tensor. Copies (read and write of 16 MB
 at a time) and conversions take turns; files are flushed to the disk before the clock stops.
@@ -25,25 +26,39 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3-8b")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--run", action="store_true", help="converts the checkpoint of a training run instead, once")
     parser.add_argument("--to", default="herd", help="converted to this and back")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--directory", help="on the disk to measure (default: the temporary one)")
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--save-run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.convert:
         print(json.dumps(timed_conversion(*args.convert)))
         return
+    if args.save_run:
+        workdir, model, num_layers, vocab_size = args.save_run
+        save_run(Path(workdir), shape_of(model, int(num_layers), int(vocab_size)))
+        return
     with tempfile.TemporaryDirectory(dir=args.directory) as root:
-        run(args, Path(root))
+        (checkpoint_to_huggingface if args.run else there_and_back)(args, Path(root))
 
 
-def run(args, root: Path):
+def checkpoint_to_huggingface(args, root: Path):
+    shape = (args.model, str(args.layers), str(args.vocab_size or 0))
+    subprocess.run([sys.executable, __file__, "--save-run", str(root / "run"), *shape], check=True)
+    result = convert(root / "run", root / "there", "huggingface")
+    seconds, memory = result["seconds"], result["peak"] / 1e9
+    print(f"checkpoint of {args.model}, {args.layers} layers, to huggingface: {seconds:.1f} s, peak of resident memory {memory:.2f} GB")
+
+
+def there_and_back(args, root: Path):
     from herd_jax.interop.mapping import parameters
     from herd_jax.interop.save import save
-    from herd_jax.models.config import MODELS
 
-    config = dataclasses.replace(MODELS[args.model], num_layers=args.layers)
+    config = shape_of(args.model, args.layers, args.vocab_size)
     declared, rng = parameters(config), np.random.default_rng(0)
 
     def random(name, layer):
@@ -94,6 +109,33 @@ def timed_conversion(source: str, target: str, to: str) -> dict:
     convert(source, target, to)
     os.sync()
     return {"seconds": time.perf_counter() - start, "peak": peak(), "idle": idle}
+
+
+def shape_of(model: str, num_layers: int, vocab_size: int | None):
+    from herd_jax.models.config import MODELS
+
+    config = MODELS[model]
+    return dataclasses.replace(config, num_layers=num_layers, vocab_size=vocab_size or config.vocab_size)
+
+
+def save_run(workdir: Path, config):
+    """A checkpoint of random parameters, without an optimizer's state."""
+    import jax
+    import jax.numpy as jnp
+
+    from herd_jax.config import to_dict
+    from herd_jax.models.llama import Llama
+    from herd_jax.models.params import is_declaration
+    from herd_jax.training.checkpoint import Checkpointer
+    from herd_jax.training.state import State
+
+    jax.config.update("jax_platforms", "cpu")
+    random = lambda d: jax.random.normal(jax.random.key(0), d.canonical_shape)
+    params = jax.tree.map(random, Llama.make(config).declared, is_leaf=is_declaration)
+    run = {"workdir": str(workdir), "data": {"sources": {str(workdir): 1.0}}, "model": {"name": "llama3-8b", **to_dict(config)}}
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=1)
+    checkpointer.save(1, State(jnp.int32(1), params, ()), run, {})
+    checkpointer.close()
 
 
 def timed_copy(source: Path, target: Path) -> float:

@@ -7,6 +7,7 @@ PATH is the workdir of a training run, a Hugging Face, Meta or herd directory, o
 """
 
 import argparse
+import contextlib
 
 from herd_jax.errors import command_line
 from herd_jax.mesh import MeshConfig, request_cpu_devices
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, metavar="PATH")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT")
-    what.add_argument("--chat", action="store_true", help="a dialog; an empty line or Ctrl-D ends it")
+    what.add_argument("--chat", action="store_true", help="a dialog; Ctrl-C cuts an answer short, an empty line or Ctrl-D ends it")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
@@ -50,17 +51,19 @@ def chat(model, system: str | None, options) -> None:
 def ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""
 
 
 def show(text: str, pieces) -> str:
-    """Prints the pieces as they come; returns them together."""
+    """Prints the pieces as they come, until Ctrl-C; returns them together."""
     print(text, end="", flush=True)
     parts = []
-    for piece in pieces:
-        parts.append(piece)
-        print(piece, end="", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            parts.append(piece)
+            print(piece, end="", flush=True)
     print()
     return "".join(parts)
 

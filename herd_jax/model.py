@@ -85,8 +85,11 @@ class Model:
         return self._scorer.logits(self.params, ids)
 
     def loss(self, texts: Sequence[str]) -> list[TextLoss]:
-        """Of each text."""
-        return [self._loss(text) for text in _several(texts, "texts")]
+        """Of each text; those of similar length are computed together."""
+        rows = [self._text_ids(text) for text in _several(texts, "texts")]
+        sums = self._scorer.loss(self.params, rows).tolist()
+        per_text = zip(sums, rows, texts, strict=True)
+        return [TextLoss(nats / (len(row) - 1), nats / math.log(2) / len(text.encode())) for nats, row, text in per_text]
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -142,17 +145,16 @@ class Model:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with: give a prompt of at least one character")
         return ids
 
-    def _check_length(self, num_tokens: int, what: str) -> None:
-        if self.context_length is not None and num_tokens > self.context_length:
-            raise UserError(f"{what} {num_tokens} tokens long: the model's context holds {self.context_length}; shorten it")
-
-    def _loss(self, text: str) -> TextLoss:
+    def _text_ids(self, text: str) -> list[int]:
         ids = self._prompt_ids(text)
         if len(ids) < 2:
             raise UserError(f"the text {text!r} is one token: a loss needs a token before the one that is predicted; give a longer text")
         self._check_length(len(ids), "the text is")
-        nats = self._scorer.loss(self.params, np.asarray([ids]), np.ones((1, len(ids)), bool))
-        return TextLoss(nats / (len(ids) - 1), nats / math.log(2) / len(text.encode()))
+        return ids
+
+    def _check_length(self, num_tokens: int, what: str) -> None:
+        if self.context_length is not None and num_tokens > self.context_length:
+            raise UserError(f"{what} {num_tokens} tokens long: the model's context holds {self.context_length}; shorten it")
 
     def _stream(self, rows: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int, stop) -> Iterator[list[str]]:
         """The new text of each row, token by token; "" for a row that has ended."""
@@ -168,7 +170,7 @@ class Model:
         yield [of_row.flush() for of_row in stops]
 
     def _steps(self, rows: list[list[int]], num_steps: int, temperature: float, top_p: float, seed: int) -> Iterator[np.ndarray]:
-        """New ids [B], step by step."""
+        """New ids [B], step by step. The next step is under way when one is given, so that the device does not wait for the reader."""
         size, batch = bucket(max(map(len, rows))), bucket(len(rows), least=1)
         ids, padding = np.zeros((batch, size), np.int32), np.full(batch, size - 1, np.int32)
         for i, row in enumerate(rows):
@@ -177,9 +179,9 @@ class Model:
         logits, cache = self._decoder.prefill(bucket(size + num_steps))(self._weights, ids, padding)
         for step in range(num_steps):
             new = draw(logits, seed, step)
-            yield np.asarray(new)[: len(rows)]
             if step + 1 < num_steps:
                 logits, cache = self._decoder.decode(self._weights, cache, new, padding, jnp.int32(size + step))
+            yield np.asarray(new)[: len(rows)]
 
 
 class _Stop:

@@ -51,7 +51,7 @@ def model(saved):
 def test_logits_and_loss(saved, model):
     ids = np.random.default_rng(0).integers(0, 256, (2, 13))
     np.testing.assert_allclose(model.logits(ids), np.stack([plain(saved[1], row) for row in ids]), atol=1e-4)
-    texts = ["a text of bytes", "ünïcödé"]
+    texts = ["a text of bytes", "a text as long as two or three of the others", "ünïcödé", "x"]
     for text, loss in zip(texts, model.loss(texts), strict=True):
         ids = model.tokenizer.encode(text, bos=True)
         log_p = jax.nn.log_softmax(plain(saved[1], ids))
@@ -96,7 +96,8 @@ def test_inside_a_mesh(saved, model, mesh):
     ids = np.random.default_rng(0).integers(0, 256, (2, 13))
     np.testing.assert_allclose(other.logits(ids), model.logits(ids), atol=1e-4)
     assert other.generate(["abc", "de"], max_new_tokens=6) == model.generate(["abc", "de"], max_new_tokens=6)
-    assert other.loss(["some text"])[0] == pytest.approx(model.loss(["some text"])[0], rel=1e-5)
+    texts = ["some text", "another, of more than sixteen bytes", "three"]
+    np.testing.assert_allclose(other.loss(texts), model.loss(texts), rtol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["herd", "huggingface"])
@@ -110,16 +111,23 @@ def test_saved_and_loaded_again(saved, model, tmp_path, format):
         model.save(tmp_path / "copy", format=format)
 
 
+class _WithoutBegin(ByteTokenizer):
+    adds_bos = False
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda model: model.generate("abc"), "list of strings"),
-        (lambda model: model.generate(["x" * 100]), "the prompt is 10. tokens long: the model's context holds 64"),
+        (lambda model: model.generate(["x" * 100]), "the prompt is 100 tokens long: the model's context holds 64"),
         (lambda model: model.generate(["abc"], max_new_tokens=0), "max_new_tokens 0 must be 1 or more"),
         (lambda model: model.generate(["abc"], top_p=0.0), "top_p 0.0 in"),
         (lambda model: model.logits([[1, 261]]), "between 0 and 260"),
         (lambda model: model.logits([1, 2]), "shape"),
-        (lambda model: model.loss(["x" * 70]), "context holds 64"),
+        (lambda model: model.generate([""]), "the prompt is empty and the tokenizer has no token to begin with"),
+        (lambda model: model.loss("abc"), "texts must be a list of strings"),
+        (lambda model: model.loss(["fine", "x"]), "the text 'x' is one token"),
+        (lambda model: model.loss(["fine", "x" * 70]), "context holds 64"),
         (lambda model: model.save("nowhere", format="onnx"), "onnx"),
         (lambda model: model.chat([{"role": "user", "content": "hello"}]), "chat"),
         (lambda model: herd_jax.load("/nowhere/at/all"), "does not exist"),
@@ -127,6 +135,7 @@ def test_saved_and_loaded_again(saved, model, tmp_path, format):
     ],
 )
 def test_bad_input_is_one_sentence(model, call, message):
+    model = dataclasses.replace(model, tokenizer=_WithoutBegin({}))
     with pytest.raises(UserError, match=message) as error:
         call(model)
     assert "\n" not in str(error.value)

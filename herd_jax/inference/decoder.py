@@ -23,7 +23,7 @@ from herd_jax.models.rope import frequencies, rotate, rotations
 from herd_jax.parallel import collectives, data, tensor
 from herd_jax.parallel.pipeline import when
 
-CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of [PP, B, K, S, H], one array a layer slot
+CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, B, K, H, S] and values [PP, B, K, S, H], a pair a layer slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Decoder:
             start_BT = jnp.broadcast_to(padding_B[:, None], ids_BT.shape)
 
             def attend(q_BTNH, k_BTKH, v_BTKH, slot):
-                grow = lambda a: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, cache_size - T), (0, 0)))[None]
+                grow = lambda a: jnp.pad(a, ((0, 0), (0, cache_size - T), (0, 0), (0, 0)))
                 o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start_BT, index_BT + 1, "blockwise", causal_rows=True)
-                return o_BTNH, (grow(k_BTKH), grow(v_BTKH))
+                return o_BTNH, for_cache(grow(k_BTKH), grow(v_BTKH))
 
             return self._forward(weights, ids_BT, rotation, attend)
 
@@ -89,13 +89,13 @@ class Decoder:
             rotation = self._rotation(index[None], padding_B)
 
             def attend(q_BTNH, k_BTKH, v_BTKH, slot):
-                new = k_BTKH.swapaxes(1, 2)[None], v_BTKH.swapaxes(1, 2)[None]
-                return cached_attention(q_BTNH, *new, *cache[slot], padding_B, index), new
+                return cached_attention(q_BTNH, k_BTKH, v_BTKH, *cache[slot], padding_B, index), for_cache(k_BTKH, v_BTKH)
 
             return self._forward(weights, ids_B[:, None], rotation, attend)
 
         def write(cache, new, index):
-            return jax.tree.map(lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new, index, axis=3), cache, new)
+            put = lax.dynamic_update_slice_in_dim
+            return [(put(k, new_k, index, axis=4), put(v, new_v, index, axis=3)) for (k, v), (new_k, new_v) in zip(cache, new)]
 
         everywhere = PartitionSpec()
         run = self._jit(run, (self._weight_specs, self._cache_specs, *[everywhere] * 3), (everywhere, self._cache_specs))
@@ -160,15 +160,25 @@ class Decoder:
         return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.dtype, **options)
 
 
-def cached_attention(q_BTNH, k_PBKTH, v_PBKTH, k_PBKSH, v_PBKSH, padding_B: jax.Array, index: jax.Array) -> jax.Array:
-    """Attention of one query a row (T = 1) at `index` with the keys padding .. index - 1 of the cache and its own; P is 1 on a device."""
+def for_cache(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys [P, B, K, H, T] and values [P, B, K, T, H] of a device, P is 1: as the products of one query read them fastest."""
+    return k_BTKH.transpose(0, 2, 3, 1)[None], v_BTKH.swapaxes(1, 2)[None]
+
+
+def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_PBKHS, v_PBKSH, padding_B: jax.Array, index: jax.Array) -> jax.Array:
+    """Attention of one query a row (T = 1) at `index` with the keys padding .. index - 1 of the cache and its own; P is 1 on a device.
+
+    The softmax over both is written out: XLA's CPU backend would copy all scores to put one more beside them.
+    """
     B, _, N, H = q_BTNH.shape
-    q_BKGH = q_BTNH.reshape(B, k_PBKSH.shape[2], -1, H) / math.sqrt(H)
-    score = lambda k: jnp.einsum("bkgh,pbksh->bkgs", q_BKGH, k, preferred_element_type=jnp.float32)
-    weigh = lambda p_BKGS, v: jnp.einsum("bkgs,pbksh->bkgh", p_BKGS.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    key = jnp.arange(k_PBKSH.shape[3])
-    visible_BS = (padding_B[:, None] <= key) & (key < index)
-    scores = jnp.where(visible_BS[:, None, None], score(k_PBKSH), -jnp.inf)
-    p_BKGS = jax.nn.softmax(jnp.concatenate([scores, score(k_PBKTH)], axis=-1), axis=-1)
-    o_BKGH = weigh(p_BKGS[..., :-1], v_PBKSH) + weigh(p_BKGS[..., -1:], v_PBKTH)
+    (_, _, K, _, S), own_k_BKTH, own_v_BKTH = k_PBKHS.shape, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    q_BKGH = q_BTNH.reshape(B, K, -1, H) / math.sqrt(H)
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    visible_BS = (padding_B[:, None] <= jnp.arange(S)) & (jnp.arange(S) < index)
+    scores_BKGS = jnp.where(visible_BS[:, None, None], product(q_BKGH, k_PBKHS[0]), -jnp.inf)
+    own_BKGT = jnp.sum(q_BKGH.astype(jnp.float32) * own_k_BKTH, axis=-1, keepdims=True)
+    most_BKGT = jnp.maximum(jnp.max(scores_BKGS, axis=-1, keepdims=True), own_BKGT)
+    p_BKGS, own_BKGT = jnp.exp(scores_BKGS - most_BKGT), jnp.exp(own_BKGT - most_BKGT)
+    total_BKGH = product(p_BKGS.astype(v_PBKSH.dtype), v_PBKSH[0]) + own_BKGT * own_v_BKTH
+    o_BKGH = total_BKGH / (jnp.sum(p_BKGS, axis=-1, keepdims=True) + own_BKGT)
     return o_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from herd_jax.parallel import collectives, data, pipeline
 from herd_jax.parallel.context import zigzag_order
 from herd_jax.parallel.schedule import PipelineConfig
 
+RANK_TOKENS = 4096  # that a dp rank scores at once, where rows are shorter: enough to keep its matmuls efficient
 BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [1, B, S], in zigzag order
 
 
@@ -34,10 +37,23 @@ class Scorer:
         logits = np.asarray(self._logits(params, batch))[0]
         return logits[:, np.argsort(order)][:B, :S, : self.model.config.vocab_size]
 
-    def loss(self, params, ids_BS: np.ndarray, mask_BS: np.ndarray) -> float:
-        """Sum of the losses in nats of the tokens that are `mask`ed, each predicted from those before it in its row."""
-        batch, _ = self._batch(ids_BS[:, :-1], mask_BS[:, 1:], ids_BS[:, 1:])
-        return float(self._loss(params, batch))
+    def loss(self, params, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Of each row of two ids or more: the sum, in nats, of the losses of its tokens after the first, each predicted from those before.
+
+        Rows of similar length are computed together, so that every dp rank has work.
+        """
+        dp, sums = self.layout.mesh.shape["dp"], np.zeros(len(rows))
+        size = lambda i: bucket(len(rows[i]) - 1)
+        for num_targets, group in itertools.groupby(sorted(range(len(rows)), key=size), key=size):
+            members, most = list(group), dp * max(1, RANK_TOKENS // num_targets)
+            for some in (members[first : first + most] for first in range(0, len(members), most)):
+                shape = (dp * bucket(-(-len(some) // dp), least=1), num_targets + 1)
+                ids_BS, mask_BS = np.zeros(shape, np.int32), np.zeros(shape, bool)
+                for row, i in enumerate(some):
+                    ids_BS[row, : len(rows[i])], mask_BS[row, : len(rows[i])] = rows[i], True
+                batch, _ = self._batch(ids_BS[:, :-1], mask_BS[:, 1:], ids_BS[:, 1:])
+                sums[some] = np.asarray(self._loss(params, batch))[: len(some)]
+        return sums
 
     @functools.cached_property
     def _logits(self):
@@ -50,10 +66,14 @@ class Scorer:
     @functools.cached_property
     def _loss(self):
         def objective(hidden_BTD, output_DV, batch):
-            loss = cross_entropy_sum(hidden_BTD, output_DV, batch.targets_BT, batch.loss_mask_BT, self.model.config.vocab_size)
-            return loss, {"loss": loss}
+            def of_row(row):
+                hidden_TD, target_T, mask_T = row
+                return cross_entropy_sum(hidden_TD[None], output_DV, target_T[None], mask_T[None], self.model.config.vocab_size)
 
-        return self._jit(lambda params, batch: collectives.all_reduce(self._run(objective, params, batch)["loss"], ("dp", "cp")), PartitionSpec())
+            return jnp.zeros(()), {"loss": jax.lax.map(of_row, (hidden_BTD, batch.targets_BT, batch.loss_mask_BT))}
+
+        whole_rows = lambda params, batch: collectives.all_reduce(self._run(objective, params, batch)["loss"], "cp")
+        return self._jit(whole_rows, PartitionSpec("dp"))
 
     def _run(self, objective, params, batch):
         weights = data.gather_weights(params, self._specs, self.dtype)

@@ -14,6 +14,7 @@ from herd_jax.training.checkpoint import Checkpointer
 from herd_jax.training.run import RunConfig
 
 CHECKPOINTS = "checkpoints"
+_CHECKSUM_BLOCK = 1 << 18  # elements: what is computed of them stays in the processor's cache
 
 
 def open_workdir(workdir: Path) -> Source:
@@ -36,14 +37,13 @@ class CheckpointSource(Source):
 
     directory: Path
     checksums: dict[str, int]
-    _block: dict = dataclasses.field(default_factory=dict)  # the layers read last: they lie in one chunk, which is read as a whole
     _sums: dict[str, dict] = dataclasses.field(default_factory=dict)  # name -> layer -> its share of the checksum
 
     def read(self, name, layer=None, index=None):
         declaration = parameters(self.config)[name]
-        where = index or tuple(slice(0, size) for size in declaration.shape)
+        where = index or (slice(None),) * len(declaration.shape)
         try:
-            values = self._read(name, where) if layer is None else self._read_layer(name, layer, where)
+            values = self._open(name)[where if layer is None else (layer, *where)].read().result()
         except (ValueError, OSError) as error:  # tensorstore's, of damaged files
             raise UserError(self._damaged(name)) from error
         if index is None:
@@ -53,19 +53,6 @@ class CheckpointSource(Source):
             if len(sums) == max(1, declaration.num_layers) and sum(sums.values()) % 2**32 != self.checksums[leaf]:
                 raise UserError(self._damaged(name))
         return values
-
-    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._open(name)[index].read().result()
-
-    def _read_layer(self, name: str, layer: int, index: tuple[slice, ...]) -> np.ndarray:
-        store = self._open(name)
-        depth = store.chunk_layout.read_chunk.shape[0]
-        first = layer - layer % depth
-        key = (name, first, str(index))
-        if key not in self._block:
-            self._block.clear()
-            self._block[key] = store[(slice(first, min(first + depth, store.shape[0])), *index)].read().result()
-        return self._block[key][layer - first]
 
     def _open(self, name: str) -> tensorstore.TensorStore:
         """As Orbax writes an array."""
@@ -78,6 +65,10 @@ class CheckpointSource(Source):
 
 def _checksum(values: np.ndarray, layer: int) -> int:
     """A layer's share of the checkpoint's checksum of the parameter."""
-    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
-    index = np.arange(layer * bits.size, (layer + 1) * bits.size, dtype=np.uint64).astype(np.uint32)
-    return int((bits * (2 * index + 1)).sum(dtype=np.uint32))
+    bits, total = np.ascontiguousarray(values).reshape(-1).view(np.uint32), 0
+    for start in range(0, bits.size, _CHECKSUM_BLOCK):
+        block = bits[start : start + _CHECKSUM_BLOCK]
+        first = layer * bits.size + start
+        index = np.arange(first, first + block.size, dtype=np.uint64).astype(np.uint32)
+        total += int((block * (2 * index + 1)).sum(dtype=np.uint32))
+    return total % 2**32

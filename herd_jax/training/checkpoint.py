@@ -38,6 +38,7 @@ PyTree = Any
 # Of the exceptions that reading raises (of any class, for damaged files), those that say nothing about the files.
 _NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)  # jax's own errors, such as device memory, are RuntimeErrors
 _NOT_DAMAGE_TEXTS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
+_MIN_CHUNK_BYTES = 1 << 20  # below it, a chunk's own cost shows
 _TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 
 
@@ -98,7 +99,8 @@ class Checkpointer:
         with self._writing():
             if not self._saved:
                 self._prepare_directory()
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(_sealed(record)))
+            state_args = ocp.args.StandardSave(state, jax.tree.map(_save_args, state))
+            items = ocp.args.Composite(state=state_args, record=ocp.args.JsonSave(_sealed(record)))
             self._manager.save(step, args=items, force=True)
         self._saved = True
 
@@ -242,6 +244,13 @@ def _reading() -> Iterator[None]:
             raise
     if multihost_utils.process_allgather(np.array(damage is not None)).any():
         raise _Unreadable(_brief(damage) if damage else "another process cannot read it") from damage
+
+
+def _save_args(array: jax.Array) -> ocp.SaveArgs:
+    """A layer of a stack becomes a chunk of its own, to be read without the others; a row of a matrix is too small for one."""
+    row_shape = array.sharding.shard_shape(array.shape)[1:]
+    is_stack = math.prod(row_shape) * array.dtype.itemsize >= _MIN_CHUNK_BYTES
+    return ocp.SaveArgs(shard_axes=(0,) if is_stack else ())
 
 
 def _leaf_types(state: PyTree) -> dict[str, str]:

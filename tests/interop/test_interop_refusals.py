@@ -14,6 +14,7 @@ from herd_jax.interop.load import open_source
 from herd_jax.interop.mapping import HUGGING_FACE, tensor_shapes
 from herd_jax.interop.safetensors import SafetensorsFiles, write_safetensors
 from herd_jax.interop.save import convert, save
+from herd_jax.models.rope import RopeScaling
 from herd_jax.text.tokenizer import load_tokenizer
 
 
@@ -112,17 +113,21 @@ def test_tokenizer_of_another_model(tmp_path, model):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("to", ["herd", "huggingface"])
+@pytest.mark.parametrize("to", ["herd", "huggingface", "meta"])
 def test_a_failed_conversion_leaves_nothing(tmp_path, to):
-    read = random_model(tiny.CONFIG)
+    if to == "meta":
+        pytest.importorskip("torch")
+    config = dataclasses.replace(tiny.CONFIG, dim=64, rope_scaling=RopeScaling(8.0))
+    read = random_model(config)
 
     def fails(name, layer):
+        assert not (tmp_path / "new").exists()  # nor would it after a kill
         if name == "layers.qkv":
             raise UserError("the disk is full")
         return read(name, layer)
 
     with pytest.raises(UserError, match="the disk is full"):
-        save(tmp_path / "new", to, tiny.CONFIG, fails, "bfloat16")
+        save(tmp_path / "new", to, config, fails, "bfloat16")
     assert not list(tmp_path.iterdir())
 
 

@@ -129,17 +129,22 @@ def test_the_files_are_those_of_the_package(tmp_path):
     assert_same_model(tmp_path / "hf", tiny.CONFIG, read, FLOAT32)
 
 
+def save_run(workdir, config, *states):
+    """A run's checkpoints of `states`, as after the steps 1, 2, ..."""
+    model = {"name": "llama-tiny", **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}}
+    model["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=2)
+    for step, state in enumerate(states, 1):
+        checkpointer.save(step, state, {"workdir": str(workdir), "data": {"sources": {str(workdir): 1.0}}, "model": model}, {})
+    checkpointer.close()
+
+
 def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
-    steps, config = tiny.make_steps(pp=2, dp=2), {"workdir": str(tmp_path), "data": {"sources": {str(tmp_path): 1.0}}}
+    steps = tiny.make_steps(pp=2, dp=2)
     state = steps.plan.to_canonical(steps.plan.init(0))
-    model = {"name": "llama-tiny", **{f.name: getattr(tiny.CONFIG, f.name) for f in dataclasses.fields(tiny.CONFIG)}}
-    model["rope_scaling"] = dataclasses.asdict(tiny.CONFIG.rope_scaling)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.bytes").write_bytes(b"bytes\n")
-    checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2)
-    checkpointer.save(1, jax.tree.map(jnp.zeros_like, state), {**config, "model": model}, {})
-    checkpointer.save(2, state, {**config, "model": model}, {})
-    checkpointer.close()
+    save_run(tmp_path, tiny.CONFIG, jax.tree.map(jnp.zeros_like, state), state)
     expected = by_name(tiny.canonical_params(steps))
     assert_same_model(tmp_path, tiny.CONFIG, read_from(expected), FLOAT32)
     params = load_params(open_source(tmp_path), steps.layout, steps.model.declared, jnp.float32)
@@ -151,6 +156,15 @@ def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
     with pytest.raises(UserError, match="checkpoints/2 is damaged .layers.qkv.: move it away"):
         save(tmp_path / "hf", "huggingface", source.config, source.read, "float32")
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
+
+
+def test_a_layer_of_a_checkpoint_is_read_without_the_others(tmp_path):
+    config = dataclasses.replace(tiny.CONFIG, num_layers=3, dim=256, ffn_dim=1024)
+    steps = tiny.make_steps(config=config)
+    save_run(tmp_path, config, steps.plan.to_canonical(steps.plan.init(0)))
+    assert_same_model(tmp_path, config, read_from(by_name(tiny.canonical_params(steps))), FLOAT32)
+    chunk = lambda name: open_source(tmp_path)._open(name).chunk_layout.read_chunk.shape
+    assert chunk("layers.down") == (1, 1024, 256) and chunk("ends.embed.table") == (61, 256)
 
 
 def by_name(tree):
