@@ -1,6 +1,7 @@
 """A block of the pipeline: a datatrove filter that gives each document it drops a reason, counts its verdicts and logs what it dropped."""
 
 import json
+import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,10 +41,13 @@ class Block(BaseFilter):
         # Counted here and not per document: datatrove's statistics cost more than most blocks.
         reasons: Counter[str] = Counter()
         total = characters = 0
+        seconds = 0.0
         try:
             for doc in data:
                 total += 1
+                started = time.perf_counter()
                 verdict = judge(doc)
+                seconds += time.perf_counter() - started
                 if verdict is True:
                     characters += len(doc.text)
                     yield doc
@@ -58,6 +62,7 @@ class Block(BaseFilter):
             for name, count in counts.items():
                 self.stat_update(name, value=count, unit="task")
             self.stat_update("doc_len", value=characters, unit="task")
+            self.stats.time_stats.update(seconds)
 
 
 class DropLog(PipelineStep):

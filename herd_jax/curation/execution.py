@@ -6,7 +6,9 @@ A phase is a pipeline that runs once a task; a task that has completed is marked
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -48,18 +50,17 @@ class Phase:
 
 
 def run_phases(phases: Sequence[Phase], executor: str, workers: int, cluster: ClusterConfig, directory: Path) -> None:
-    """Runs the phases one after another, `workers` tasks at a time (0: as many as there are cores; on a cluster, as fit), with logs and marks
-    of completion below `directory`. For Slurm all are submitted at once, each job waiting for the one before.
+    """Runs the phases one after another, `workers` tasks at a time (0: as many as there are cores; on a cluster, as fit), with logs, marks
+    of completion and the number of tasks of each phase below `directory`. For Slurm all are submitted at once, each job waiting for the one before.
 
     Raises UserError where a task fails; what was completed stays.
     """
     logger.remove()  # datatrove's log stays in files
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tasks.json").write_text(json.dumps({phase.name: phase.num_tasks for phase in phases}, indent=1))
     match executor:
         case "local":
-            columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
-            with Progress(*columns, console=Console(stderr=True)) as progress:
-                for phase in phases:
-                    LocalExecutor(phase, workers or os.cpu_count(), directory / phase.name).run(progress)
+            _run_here([LocalExecutor(phase, directory / phase.name) for phase in phases], workers or os.cpu_count())
         case "slurm":
             _submit_to_slurm(phases, workers, cluster, directory)
         case "ray":
@@ -69,26 +70,11 @@ def run_phases(phases: Sequence[Phase], executor: str, workers: int, cluster: Cl
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's tasks in fresh processes that keep their models between tasks, are missed when they die, and end with this one."""
+    """datatrove's, but for who runs the tasks."""
 
-    def __init__(self, phase: Phase, workers: int, directory: Path):
-        super().__init__(list(phase.pipeline), phase.num_tasks, workers, str(directory))
+    def __init__(self, phase: Phase, directory: Path):
+        super().__init__(list(phase.pipeline), phase.num_tasks, logging_dir=str(directory))
         self.phase_name, self.directory = phase.name, directory
-
-    def run(self, progress: Progress) -> None:
-        missing = self.get_incomplete_ranks()
-        bar = progress.add_task(self.phase_name, total=self.tasks, completed=self.tasks - len(missing))
-        # Fresh processes: a step may have run jax, whose threads do not survive a fork.
-        pool = concurrent.futures.ProcessPoolExecutor(
-            max(1, min(self.workers, len(missing))), multiprocessing.get_context("spawn"), _start_worker, (self, os.getpid())
-        )
-        try:
-            ranks = {pool.submit(_run_in_worker, rank): rank for rank in missing}
-            for future in concurrent.futures.as_completed(ranks):
-                self._raise_error(future.exception(), ranks[future])
-                progress.advance(bar)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def run_task(self, rank: int) -> None:
         for step in self.pipeline:
@@ -96,26 +82,51 @@ class LocalExecutor(LocalPipelineExecutor):
         with contextlib.redirect_stderr(io.StringIO()):
             self._run_for_rank(rank)
 
-    def _raise_error(self, error: BaseException | None, rank: int) -> None:
-        if error is None:
-            return
+    def explained(self, error: Exception, rank: int) -> UserError:
         if isinstance(error, UserError):
-            raise error
+            return error
         if isinstance(error, BrokenProcessPool):
-            raise UserError(
+            return UserError(
                 f"a process of phase {self.phase_name} was killed, most likely for want of memory: the same command with fewer "
                 "--config.workers continues"
-            ) from error
+            )
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         log = self.directory / "logs" / f"task_{rank:05d}.log"
-        raise UserError(
+        return UserError(
             f"task {rank} of phase {self.phase_name} failed ({reason}), see {log}: when the cause is removed, the same command continues"
-        ) from error
+        )
 
 
-def _start_worker(executor: LocalExecutor, parent: int) -> None:
-    global _executor
-    _executor = executor
+def _run_here(executors: Sequence[LocalExecutor], workers: int) -> None:
+    """In this process with one worker, else in processes that serve all phases, are missed when they die, and end with this one."""
+    columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+        pool = None
+        if workers > 1:
+            # Fresh processes: a step may have run jax, whose threads do not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (list(executors), os.getpid()))
+            stack.callback(pool.shutdown, cancel_futures=True)
+        for phase, executor in enumerate(executors):
+            missing = executor.get_incomplete_ranks()
+            bar = progress.add_task(executor.phase_name, total=executor.tasks, completed=executor.tasks - len(missing))
+            if pool is None:
+                outcomes = ((rank, functools.partial(executor.run_task, rank)) for rank in missing)
+            else:
+                ranks = {pool.submit(_run_in_worker, phase, rank): rank for rank in missing}
+                outcomes = ((ranks[future], future.result) for future in concurrent.futures.as_completed(ranks))
+            for rank, outcome in outcomes:
+                try:
+                    outcome()
+                except Exception as error:
+                    raise executor.explained(error, rank) from error
+                progress.advance(bar)
+
+
+def _start_worker(executors: list[LocalExecutor], parent: int) -> None:
+    global _executors
+    _executors = executors
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt
 
     def end_with_parent() -> None:
@@ -126,8 +137,9 @@ def _start_worker(executor: LocalExecutor, parent: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _run_in_worker(rank: int) -> None:
-    _executor.run_task(rank)
+def _run_in_worker(phase: int, rank: int) -> None:
+    _executors[:phase] = [None] * phase  # with the models that earlier phases have loaded
+    _executors[phase].run_task(rank)
 
 
 def _submit_to_slurm(phases: Sequence[Phase], workers: int, cluster: ClusterConfig, directory: Path) -> None:

@@ -18,6 +18,7 @@ from herd_jax.curation.duplicates import is_first
 from herd_jax.curation.staging import num_documents
 
 LINE = np.dtype([exchange.KEY, ("bucket", "<u8")])
+TASKS_AT_ONCE = 1024  # whose dropped documents are held in memory
 _DIGIT, _NOT_WORD = re.compile(r"\d"), re.compile(r"\W+")
 
 
@@ -33,9 +34,10 @@ class CountSurvivors(PipelineStep):
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         counts = np.array([num_documents(task_file(self._documents, task, "parquet")) for task in range(self._num_tasks)], np.int64)
-        for directory in self._dropped:
-            for file in sorted(directory.glob("*.npy")):
-                counts -= np.bincount(np.load(file)["key"] >> np.uint64(32), minlength=self._num_tasks)
+        for first in range(0, self._num_tasks, TASKS_AT_ONCE):
+            low, high = first << 32, (first + TASKS_AT_ONCE) << 32
+            gone = np.unique(np.concatenate([np.empty(0, np.uint64), *(exchange.read(directory, low, high)["key"] for directory in self._dropped)]))
+            counts -= np.bincount((gone >> np.uint64(32)).astype(np.int64), minlength=self._num_tasks)
         with unfinished(self._target).open("wb") as file:
             np.save(file, np.cumsum([0, *counts]))
         unfinished(self._target).rename(self._target)

@@ -25,10 +25,10 @@ _HAS_TEXT = b', "text": "'  # in a line of JSON; a quote inside of a string has 
 class Phase:
     name: str
     completed: int  # tasks
-    unfinished: int  # tasks that were begun and have not completed
+    unfinished: int
 
     def __str__(self) -> str:
-        return f"{self.name} unfinished ({self.completed} tasks done, {self.unfinished} begun)" if self.unfinished else f"{self.name} done"
+        return f"{self.name} unfinished ({self.completed} of {self.completed + self.unfinished} tasks done)" if self.unfinished else f"{self.name} done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +150,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_phases(directory: Path) -> list[Phase]:
-    """In the order in which their first tasks began."""
+    """In the order of the run."""
     found = []
-    for phase in (directory / "phases").glob("*/"):
-        completed = {file.name for file in (phase / "completions").glob("*")}
-        logs = list((phase / "logs").glob("task_*.log"))
-        begun = {file.stem.removeprefix("task_") for file in logs}
-        order = (min((file.stat().st_mtime_ns for file in logs), default=0), phase.name)
-        found.append((order, Phase(phase.name, len(completed), len(begun - completed))))
-    return [phase for _, phase in sorted(found, key=lambda pair: pair[0])]
+    for name, num_tasks in (_json(directory / "phases" / "tasks.json") or {}).items():
+        completed = len(list((directory / "phases" / name / "completions").glob("*")))
+        found.append(Phase(name, completed, num_tasks - completed))
+    return found
 
 
 def read_steps(directory: Path) -> list[Step]:

@@ -9,7 +9,7 @@ _OFFSET = np.uint64(0xD1B54A32D192ED03)  # added to each code point: none counts
 
 
 class SpanHashes:
-    """`of(starts, ends)` hashes the spans [start, end) of `points_T`: equal for equal spans, wherever they stand. T <= 2**20."""
+    """`of(starts, ends)` hashes the spans [start, end) of `points_T`: equal for equal spans, wherever they stand; not mixed. T < 2**20."""
 
     def __init__(self, points_T: np.ndarray):
         powers, _ = _powers(max(len(points_T), 1))
@@ -18,7 +18,7 @@ class SpanHashes:
 
     def of(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         _, inverses = _powers(len(self._sums))
-        return mix((self._sums[ends] - self._sums[starts]) * inverses[starts])
+        return (self._sums[ends] - self._sums[starts]) * inverses[starts]
 
 
 def mix(values: np.ndarray) -> np.ndarray:

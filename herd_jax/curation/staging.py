@@ -78,8 +78,20 @@ class _File:
         self._rows, self._characters = [], 0
 
 
+class Number(PipelineStep):
+    """Gives each document its "number", TASK x 2^32 + its place in the file that `Store` writes next."""
+
+    type = "count"
+    name = "number"
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for place, doc in enumerate(data):
+            doc.metadata["number"] = document_number(rank, place)
+            yield doc
+
+
 class Load(PipelineStep):
-    """Yields the documents of `DIRECTORY/TASK.parquet`, each with its "number": TASK x 2^32 + its place in the file."""
+    """Yields the documents of `DIRECTORY/TASK.parquet`, each with its "number"."""
 
     type = "reader"
     name = "load"

@@ -1,7 +1,7 @@
-"""The words of a text, found once and shared by the blocks: where they stand, what kind they are, their hashes (section 3.1.1 of the paper).
+"""The words of a text, found once and shared by the blocks: where they stand, what kind they are, their hashes (paper, section 3.1.1).
 
-Words are cut about as spaCy's rules for English cut them, which Gopher's, C4's and FineWeb's thresholds were tuned on in datatrove: at white
-space, punctuation off both ends, and inside at hyphens, slashes, dashes between letters. All arithmetic is numpy over code points.
+Words are cut as spaCy's rules for English cut them, nearly: datatrove's Gopher, C4 and FineWeb filters count such words. So at white space,
+with punctuation off both ends, and inside at hyphens, slashes, dashes between letters. All arithmetic is numpy over code points.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ import functools
 import numpy as np
 
 from herd_jax.curation import characters
-from herd_jax.curation.boundaries import word_bounds
+from herd_jax.curation.boundaries import MARGIN, word_bounds
 from herd_jax.curation.characters import ALPHA, NOT_SYMBOL
-from herd_jax.curation.rolling_hash import SpanHashes, ngrams
+from herd_jax.curation.rolling_hash import SpanHashes, mix, ngrams
 
 __all__ = ["Words", "ngrams", "split"]
 
@@ -62,9 +62,12 @@ class Words:
         return np.concatenate(found)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def split(text: str) -> Words:
-    """The words of `text`; the last few texts are remembered. Memory: at most 30 bytes for each code point of them, and 8 MB."""
+    """The words of `text`; the last two texts are remembered (one as read, one cleaned).
+
+    Memory: 26 bytes a word and a few MB, so at most 26 bytes for each code point (all signs), 5 in prose.
+    """
     found = [_split_piece(text[begin:end], begin) for begin, end in _pieces(text)]
     if len(found) == 1:
         return Words(text, *found[0])
@@ -87,17 +90,17 @@ def _pieces(text: str) -> list[tuple[int, int]]:
 
 def _split_piece(text: str, offset: int) -> tuple[np.ndarray, ...]:
     points = characters.code_points(text)
-    kinds = characters.flags()[np.minimum(points, characters.LIMIT - 1)]
+    kinds = characters.kinds_of(points, MARGIN)
     spans = SpanHashes(points)
     starts, ends = word_bounds(text, points, kinds, spans)
-    word_kinds = np.bitwise_or.reduceat(kinds, starts) if len(starts) else np.empty(0, np.uint16)
-    return starts + offset, ends + offset, spans.of(starts, ends), word_kinds
+    word_kinds = np.bitwise_or.reduceat(kinds, starts + MARGIN) if len(starts) else np.empty(0, np.uint16)
+    return starts + offset, ends + offset, mix(spans.of(starts, ends)), word_kinds
 
 
 def _folded(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    points = characters.folded()[np.minimum(characters.code_points(text), characters.LIMIT - 1)]
+    points = characters.folded().take(characters.code_points(text), mode="clip")
     kept = points != 0
     kept[1:] &= (points[1:] != _ZERO) | (points[:-1] != _ZERO)
     kept[starts] |= points[starts] != 0
     positions = np.concatenate([[0], np.cumsum(kept)])
-    return SpanHashes(points[kept]).of(positions[starts], positions[ends])
+    return mix(SpanHashes(points[kept]).of(positions[starts], positions[ends]))

@@ -104,12 +104,21 @@ def test_odd_urls_are_taken_as_they_are(url):
     assert "#" not in normalised_url(url) or "http" not in url
 
 
+def test_a_document_that_two_reducers_drop_counts_once(tmp_path):
+    for rank in range(2):
+        list(Store(tmp_path / "documents", {}).run((document(0, "text") for _ in range(3)), rank))
+    twice = np.array([(document_number(0, 1), 0)], DUPLICATE)
+    for rank in range(2):
+        exchange.write(tmp_path / "dropped", rank, twice)
+    CountSurvivors(tmp_path / "documents", (tmp_path / "dropped",), 2, tmp_path / "survivors.npy").run()
+    assert np.load(tmp_path / "survivors.npy").tolist() == [0, 2, 5]
+
+
 def lines_left(tmp_path, texts, bucket=10**6, **settings) -> list[str]:
     tasks = [texts[: len(texts) // 2], texts[len(texts) // 2 :]]
-    (tmp_path / "none").mkdir()
     for rank, some in enumerate(tasks):
         list(Store(tmp_path / "documents", {"url": "string", "media_type": "string", "language": "string"}).run((document(0, text, **settings) for text in some), rank))
-    CountSurvivors(tmp_path / "documents", (tmp_path / "none",), 2, tmp_path / "survivors.npy").run()
+    CountSurvivors(tmp_path / "documents", (), 2, tmp_path / "survivors.npy").run()
     load = lambda rank: Bucket(tmp_path / "survivors.npy", bucket).run(Load(tmp_path / "documents").run(None, rank), rank)
     for rank in range(2):
         list(Emit(tmp_path / "lines", LINE, line_records).run(load(rank), rank))

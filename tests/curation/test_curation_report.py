@@ -90,7 +90,8 @@ def finished(tmp_path_factory):
         for name, steps in pipelines.items():
             steps.append(DropLog(workdir / "dropped" / name, steps))
             for rank in range(TASKS):
-                LocalExecutor(Phase(name, steps, TASKS), 1, workdir / "phases" / name).run_task(rank)
+                LocalExecutor(Phase(name, steps, TASKS), workdir / "phases" / name).run_task(rank)
+    (workdir / "phases" / "tasks.json").write_text(json.dumps(dict.fromkeys(("read", "filter", "publish"), TASKS)))
     return workdir
 
 
@@ -266,7 +267,7 @@ def test_unfinished_run(workdir):
         shutil.rmtree(path)
     (workdir / "dropped" / "filter" / "00001.jsonl").unlink()
     text = inspect(workdir)
-    assert "read done, filter unfinished (1 tasks done, 1 begun)" in text
+    assert "read done, filter unfinished (1 of 2 tasks done), publish unfinished (0 of 2 tasks done)" in text
     report = collect(workdir)
     assert not report.is_finished
     assert [(step.block, step.documents) for step in report.steps[1:]] == [("extraction", 40), ("near_duplicates", 19), ("short", 18)]

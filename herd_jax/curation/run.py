@@ -1,0 +1,67 @@
+"""A curation run: from raw files to token streams, continued where it was left."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from herd_jax.config import differences, to_dict
+from herd_jax.curation.block import unfinished
+from herd_jax.curation.execution import run_phases
+from herd_jax.curation.phases import Plan
+from herd_jax.curation.reading import find_inputs, plan_tasks
+from herd_jax.curation.settings import CurationConfig
+from herd_jax.errors import UserError
+
+# What may differ when a run is continued: how it is run, not what it makes.
+EXECUTION = ("executor", "workers", "cluster")
+
+
+def curate(config: CurationConfig) -> str:
+    """Runs what is missing of the run in `config.workdir`; returns what to tell the user.
+
+    Raises UserError for a workdir of another configuration or input, a task that failed, and at the end of a run that left out inputs.
+    """
+    workdir = Path(config.workdir).expanduser()
+    files = find_inputs(config.input, leave_out=workdir)
+    _settle(workdir, config, files)
+    plan = Plan(config, workdir, plan_tasks(files))
+    run_phases(plan.phases(), config.executor, config.workers, config.cluster, workdir / "phases")
+    see = f"python -m herd_jax.curate inspect {workdir}"
+    if config.executor == "slurm":
+        return f"submitted; when the last job has ended, {see}"
+    problems = [problem for file in sorted((workdir / "problems").glob("*.json")) for problem in json.loads(file.read_text())]
+    if problems:
+        first = ", ".join(f"{problem['file']} ({problem['reason']})" for problem in problems[:3])
+        raise UserError(
+            f"the run is done, but {len(problems)} inputs were damaged or unreadable, at least in part: {first}; all are listed in "
+            f"{workdir / 'problems'}, what came of the rest is shown by {see}"
+        )
+    return f"done; {see} shows what became of each document, and python -m herd_jax.train --config {workdir / 'train.py'} trains on the result"
+
+
+def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> None:
+    """Notes configuration and input in a new workdir; raises UserError where they differ from those of an old one."""
+    inputs = {str(file): file.stat().st_size for file in files}
+    settled = {name: value for name, value in to_dict(config).items() if name not in (*EXECUTION, "workdir", "input")}
+    note = workdir / "config.json"
+    if note.exists():
+        old = json.loads(note.read_text())
+        if changed := differences(old["config"], settled):
+            both = ", ".join(f"{name} is {_value(settled, name)} and was {_value(old['config'], name)}" for name in changed)
+            raise UserError(f"{workdir} was made with other settings ({both}): go on with the old ones, or name another workdir")
+        if changed := sorted(set(old["inputs"].items()) ^ set(inputs.items())):
+            names = sorted({name for name, _ in changed})
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{workdir} was made from other input, such as {', '.join(names[:3])}{more}: restore it, or name another workdir")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished(note).write_text(json.dumps({"config": settled, "inputs": inputs}, indent=1))
+    unfinished(note).rename(note)
+
+
+def _value(config: dict, name: str) -> str:
+    """The value of a dotted name, in few characters."""
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return shorten(json.dumps(config), 60)

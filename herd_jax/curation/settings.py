@@ -1,0 +1,59 @@
+"""The configuration of a curation run: what each block owns, put together."""
+
+import dataclasses
+
+from herd_jax.curation.categories import CategoriesConfig
+from herd_jax.curation.code_rules import CodeRulesConfig
+from herd_jax.curation.decontamination import DecontaminationConfig
+from herd_jax.curation.duplicates import DeduplicationConfig
+from herd_jax.curation.execution import ClusterConfig
+from herd_jax.curation.extraction import ExtractionConfig
+from herd_jax.curation.language import LanguageConfig
+from herd_jax.curation.mix import MixConfig
+from herd_jax.curation.outliers import OutliersConfig
+from herd_jax.curation.pii import PiiConfig
+from herd_jax.curation.quality import QualityConfig
+from herd_jax.curation.reading import ReadingConfig
+from herd_jax.curation.rules import RULES, Rules
+from herd_jax.curation.urls import UrlSafetyConfig
+from herd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class CurationConfig:
+    """Everything that `python -m herd_jax.curate` reads. A section that is none switches its block off.
+
+    `tokenizer` is a name or path for `load_tokenizer`, or the size of a vocabulary to train on the result. Documents of `high_quality` or more
+    become streams of their own (CATEGORY-high), for the mix to upsample. `topic_caps` are largest shares of topics. `workers` 0: as many as there are cores.
+    """
+
+    workdir: str
+    input: tuple[str, ...]
+    executor: str = "local"  # local | slurm | ray
+    workers: int = 0
+    cluster: ClusterConfig = ClusterConfig()
+    reading: ReadingConfig = ReadingConfig()
+    urls: UrlSafetyConfig | None = UrlSafetyConfig()
+    extraction: ExtractionConfig = ExtractionConfig()
+    language: LanguageConfig = LanguageConfig()
+    pii: PiiConfig | None = PiiConfig()
+    deduplication: DeduplicationConfig = DeduplicationConfig()
+    rules: tuple[Rules, ...] = RULES
+    code_rules: CodeRulesConfig | None = CodeRulesConfig()
+    outliers: OutliersConfig | None = OutliersConfig()
+    decontamination: DecontaminationConfig = DecontaminationConfig()
+    quality: QualityConfig | None = None
+    categories: CategoriesConfig = CategoriesConfig()
+    topic_caps: dict[str, float] = dataclasses.field(default_factory=dict)
+    tokenizer: str = "8192"
+    validation_fraction: float = 0.01
+    high_quality: float | None = None
+    mix: MixConfig = MixConfig()
+
+    def __post_init__(self):
+        if not self.workdir or not self.input:
+            raise UserError("workdir or input is empty: give --config.workdir=DIR and --config.input=GLOB")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}: it must be 1 or more, or 0 for as many as there are cores")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be at least 0 and less than 1")

@@ -1,0 +1,99 @@
+"""Clean text -> token streams by category: a tokenizer for all, parts by task, streams joined from the parts of a category."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from datatrove.pipeline.base import PipelineStep
+
+from herd_jax.curation.block import unfinished
+from herd_jax.curation.staging import rows
+from herd_jax.data.parts import validation_rule, write_part, write_streams
+from herd_jax.errors import UserError
+from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
+from herd_jax.text.tokenizer import load_tokenizer
+
+SAMPLE_FILES = 64  # a trained tokenizer sees the beginnings of at most so many files of a category
+
+
+class MakeTokenizer(PipelineStep):
+    """Saves the tokenizer `name` (for `load_tokenizer`) to `target`; a number is the size of a SentencePiece vocabulary to train on clean text,
+    as much of it from each category."""
+
+    type = "tokens"
+    name = "tokenizer"
+
+    def __init__(self, tokenizer: str, clean: Path, target: Path):
+        super().__init__()
+        self._tokenizer, self._clean, self._target = tokenizer, clean, target
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        model = self._tokenizer
+        if self._tokenizer.isdecimal():
+            model = self._target.with_name("trained.model")
+            model.parent.mkdir(parents=True, exist_ok=True)
+            train_sentencepiece(self._sample(), int(self._tokenizer), model)
+        tokenizer = load_tokenizer(model)
+        if tokenizer.eos_id is None:
+            raise UserError(f"tokenizer {self._tokenizer} has no end token: name it as eos_token in a tokenizer_config.json beside it")
+        shutil.rmtree(unfinished(self._target), ignore_errors=True)
+        tokenizer.save(unfinished(self._target))
+        shutil.rmtree(self._target, ignore_errors=True)
+        unfinished(self._target).rename(self._target)
+        self._target.with_name("trained.model").unlink(missing_ok=True)
+
+    def _sample(self) -> Iterator[str]:
+        files = {category: sorted(category.glob("*.parquet")) for category in sorted(self._clean.glob("*"))}
+        if not files:
+            raise UserError("no document is left, so there is nothing to train a tokenizer on: see which block dropped them with python -m herd_jax.curate inspect")
+        for some in files.values():
+            chosen = some[:: -(-len(some) // SAMPLE_FILES)]
+            for file in chosen:
+                left = SAMPLE_BYTES // len(files) // len(chosen)
+                for row in rows(file, ["text"]):
+                    yield row["text"][:left]
+                    left -= len(row["text"].encode())
+                    if left <= 0:
+                        break
+
+
+class Tokenize(PipelineStep):
+    """Writes a part of each category: `PARTS/CATEGORY/TASK.documents` and `.tokens`."""
+
+    type = "tokens"
+    name = "tokenize"
+
+    def __init__(self, clean: Path, tokenizer: Path, parts: Path):
+        super().__init__()
+        self._clean, self._tokenizer, self._parts = clean, tokenizer, parts
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        tokenizer = load_tokenizer(self._tokenizer)
+        for file in sorted(self._clean.glob(f"*/{rank:05d}.parquet")):
+            directory = self._parts / file.parent.name
+            directory.mkdir(parents=True, exist_ok=True)
+            write_part(tokenizer, (row["text"] for row in rows(file, ["text"]) if row["text"].strip()), directory / f"{rank:05d}.documents")
+
+
+class Join(PipelineStep):
+    """Task i joins the parts of the i-th of `categories`, where it has any, to `TARGET/CATEGORY/train` and `validation`."""
+
+    type = "tokens"
+    name = "join"
+
+    def __init__(self, parts: Path, tokenizer: Path, target: Path, categories: tuple[str, ...], validation_fraction: float):
+        super().__init__()
+        self._parts, self._tokenizer, self._target = parts, tokenizer, target
+        self._categories, self._validation_fraction = categories, validation_fraction
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        category = self._categories[rank]
+        parts = [part for part in sorted((self._parts / category).glob("*.documents")) if part.stat().st_size]
+        if not parts:
+            return
+        target = self._target / category
+        for directory in (target, unfinished(target)):  # of a task that was killed
+            shutil.rmtree(directory, ignore_errors=True)
+        rule = validation_rule(parts, self._validation_fraction)
+        write_streams(parts, rule, load_tokenizer(self._tokenizer), unfinished(target), "../../../tokenizer")
+        unfinished(target).rename(target)
