@@ -19,15 +19,16 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 
-from herd_jax.curation import outliers, words
-from herd_jax.curation.c4 import C4Quality
-from herd_jax.curation.dirty_words import DirtyWords, DirtyWordsConfig
-from herd_jax.curation.extraction import extract_text
-from herd_jax.curation.fineweb import FineWebQuality
-from herd_jax.curation.gopher import GopherQuality
-from herd_jax.curation.outliers import Outliers, OutliersConfig
-from herd_jax.curation.repetition import Repetition
-from herd_jax.curation.rules import Rules
+from herd_jax.curation.heuristics import outliers
+from herd_jax.curation.heuristics.c4 import C4Quality
+from herd_jax.curation.heuristics.dirty_words import DirtyWords, DirtyWordsConfig
+from herd_jax.curation.heuristics.fineweb import FineWebQuality
+from herd_jax.curation.heuristics.gopher import GopherQuality
+from herd_jax.curation.heuristics.outliers import Outliers, OutliersConfig
+from herd_jax.curation.heuristics.repetition import Repetition
+from herd_jax.curation.heuristics.rules import Rules
+from herd_jax.curation.input.extraction import extract_text
+from herd_jax.curation.text import words
 
 TURN = 200
 RULES = (Rules(language="*", dirty_words=DirtyWordsConfig()),)

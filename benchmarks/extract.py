@@ -62,7 +62,7 @@ def engines():
     from datatrove.data import Document
     from resiliparse.extract.html2text import extract_plain_text
 
-    from herd_jax.curation.extraction import Extraction
+    from herd_jax.curation.input.extraction import Extraction
 
     block = Extraction()
 

@@ -12,9 +12,9 @@ import argparse
 import sys
 
 from herd_jax.config import read_command_line
-from herd_jax.curation.classifiers import KINDS, train_classifier
-from herd_jax.curation.labels import REQUIREMENTS, label_files
-from herd_jax.curation.report import inspect
+from herd_jax.curation.classification.classifiers import KINDS, train_classifier
+from herd_jax.curation.classification.labels import REQUIREMENTS, label_files
+from herd_jax.curation.reporting.report import inspect
 from herd_jax.curation.run import curate
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError, command_line

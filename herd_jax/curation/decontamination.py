@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from datatrove.data import Document
 
-from herd_jax.curation import words
-from herd_jax.curation.benchmarks import Benchmark, read_items
+from herd_jax.curation.benchmark_items import Benchmark, read_items
 from herd_jax.curation.block import Block, task_file, unfinished
+from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 
 NGRAM = 8

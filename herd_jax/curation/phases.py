@@ -15,32 +15,32 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.block import DropLog
-from herd_jax.curation.c4 import C4Quality
-from herd_jax.curation.categories import CATEGORIES, Categories
-from herd_jax.curation.code_rules import CodeRules
+from herd_jax.curation.classification.categories import CATEGORIES, Categories
+from herd_jax.curation.classification.quality import Quality
+from herd_jax.curation.classification.rebalance import Rebalance, TopicRates
 from herd_jax.curation.decontamination import Decontaminate
-from herd_jax.curation.dirty_words import DirtyWords
-from herd_jax.curation.duplicates import URL, Duplicates, Emit, Reduce, older_versions, url_records
+from herd_jax.curation.deduplication.duplicates import URL, Duplicates, Emit, Reduce, older_versions, url_records
+from herd_jax.curation.deduplication.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
+from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
+from herd_jax.curation.deduplication.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
 from herd_jax.curation.execution import Phase
-from herd_jax.curation.extraction import Extraction
-from herd_jax.curation.fineweb import FineWebQuality
-from herd_jax.curation.gopher import GopherQuality
+from herd_jax.curation.heuristics.c4 import C4Quality
+from herd_jax.curation.heuristics.code_rules import CodeRules
+from herd_jax.curation.heuristics.dirty_words import DirtyWords
+from herd_jax.curation.heuristics.fineweb import FineWebQuality
+from herd_jax.curation.heuristics.gopher import GopherQuality
+from herd_jax.curation.heuristics.outliers import Outliers
+from herd_jax.curation.heuristics.repetition import Repetition
+from herd_jax.curation.heuristics.word_counts import CountWords, SumWords
+from herd_jax.curation.input.extraction import Extraction
+from herd_jax.curation.input.reading import Reader
 from herd_jax.curation.language import Language
-from herd_jax.curation.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
-from herd_jax.curation.minhash import BAND, MinHash, near_duplicates
-from herd_jax.curation.outliers import Outliers
-from herd_jax.curation.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
-from herd_jax.curation.pii import Pii
-from herd_jax.curation.quality import Quality
-from herd_jax.curation.reading import Reader
-from herd_jax.curation.rebalance import Rebalance, TopicRates
-from herd_jax.curation.repetition import Repetition
+from herd_jax.curation.safety.pii import Pii
+from herd_jax.curation.safety.urls import UrlSafety
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.curation.single_steps import HIGH, BuildIndex, NameStream, PlanMix, ReportContamination
 from herd_jax.curation.staging import Load, Number, Store
 from herd_jax.curation.streams import Join, MakeTokenizer, Tokenize
-from herd_jax.curation.urls import UrlSafety
-from herd_jax.curation.word_counts import CountWords, SumWords
 
 READ_COLUMNS = {name: "string" for name in ("url", "date", "source", "media_type", "language")} | {"language_score": "float64"}
 CLEAN_COLUMNS = READ_COLUMNS | {"category": "string", "topic": "string", "quality": "float64"}

@@ -8,8 +8,8 @@ from textwrap import shorten
 from herd_jax.config import differences, to_dict
 from herd_jax.curation.block import unfinished
 from herd_jax.curation.execution import run_phases
+from herd_jax.curation.input.reading import find_inputs, plan_tasks
 from herd_jax.curation.phases import Plan
-from herd_jax.curation.reading import find_inputs, plan_tasks
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError
 

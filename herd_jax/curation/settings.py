@@ -2,20 +2,20 @@
 
 import dataclasses
 
-from herd_jax.curation.categories import CategoriesConfig
-from herd_jax.curation.code_rules import CodeRulesConfig
+from herd_jax.curation.classification.categories import CategoriesConfig
+from herd_jax.curation.classification.quality import QualityConfig
 from herd_jax.curation.decontamination import DecontaminationConfig
-from herd_jax.curation.duplicates import DeduplicationConfig
+from herd_jax.curation.deduplication.duplicates import DeduplicationConfig
 from herd_jax.curation.execution import ClusterConfig
-from herd_jax.curation.extraction import ExtractionConfig
+from herd_jax.curation.heuristics.code_rules import CodeRulesConfig
+from herd_jax.curation.heuristics.outliers import OutliersConfig
+from herd_jax.curation.heuristics.rules import RULES, Rules
+from herd_jax.curation.input.extraction import ExtractionConfig
+from herd_jax.curation.input.reading import ReadingConfig
 from herd_jax.curation.language import LanguageConfig
 from herd_jax.curation.mix import MixConfig
-from herd_jax.curation.outliers import OutliersConfig
-from herd_jax.curation.pii import PiiConfig
-from herd_jax.curation.quality import QualityConfig
-from herd_jax.curation.reading import ReadingConfig
-from herd_jax.curation.rules import RULES, Rules
-from herd_jax.curation.urls import UrlSafetyConfig
+from herd_jax.curation.safety.pii import PiiConfig
+from herd_jax.curation.safety.urls import UrlSafetyConfig
 from herd_jax.errors import UserError
 
 

@@ -9,10 +9,10 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herd_jax.curation import words
-from herd_jax.curation.benchmarks import Benchmark, read_items
+from herd_jax.curation.benchmark_items import Benchmark, read_items
 from herd_jax.curation.block import DropLog
 from herd_jax.curation.decontamination import Decontaminate, DecontaminationConfig, Index, report, table
+from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

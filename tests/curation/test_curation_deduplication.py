@@ -6,12 +6,23 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herd_jax.curation import exchange, words
-from herd_jax.curation.duplicates import DUPLICATE, URL, DeduplicationConfig, Duplicates, Emit, Reduce, normalised_url, older_versions, url_records
-from herd_jax.curation.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
-from herd_jax.curation.minhash import BAND, MinHash, near_duplicates
-from herd_jax.curation.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
+from herd_jax.curation.deduplication import exchange
+from herd_jax.curation.deduplication.duplicates import (
+    DUPLICATE,
+    URL,
+    DeduplicationConfig,
+    Duplicates,
+    Emit,
+    Reduce,
+    normalised_url,
+    older_versions,
+    url_records,
+)
+from herd_jax.curation.deduplication.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
+from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
+from herd_jax.curation.deduplication.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
 from herd_jax.curation.staging import Load, Store, document_number
+from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 
 FOUND_RATES = {0.5: 0.0533, 0.6: 0.2111, 0.7: 0.5645, 0.75: 0.7716, 0.8: 0.9235, 0.9: 0.9996}

@@ -5,7 +5,7 @@ from datatrove.data import Document
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from herd_jax.curation.extraction import MAX_DEPTH, Extraction, ExtractionConfig, extract_text, strip_markdown
+from herd_jax.curation.input.extraction import MAX_DEPTH, Extraction, ExtractionConfig, extract_text, strip_markdown
 from herd_jax.errors import UserError
 
 PARAGRAPH = "<p>This is a paragraph of the article, long enough to be read.</p>"

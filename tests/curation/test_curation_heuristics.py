@@ -16,15 +16,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from herd_jax import config
-from herd_jax.curation import outliers, words
-from herd_jax.curation.c4 import C4Config, C4Quality
-from herd_jax.curation.code_rules import CodeRules, CodeRulesConfig
-from herd_jax.curation.dirty_words import DirtyWords, DirtyWordsConfig
-from herd_jax.curation.fineweb import FineWebConfig, FineWebQuality
-from herd_jax.curation.gopher import GopherQuality, GopherQualityConfig
-from herd_jax.curation.outliers import Outliers, OutliersConfig
-from herd_jax.curation.repetition import Repetition, RepetitionConfig
-from herd_jax.curation.rules import RULES, Rules
+from herd_jax.curation.heuristics import outliers
+from herd_jax.curation.heuristics.c4 import C4Config, C4Quality
+from herd_jax.curation.heuristics.code_rules import CodeRules, CodeRulesConfig
+from herd_jax.curation.heuristics.dirty_words import DirtyWords, DirtyWordsConfig
+from herd_jax.curation.heuristics.fineweb import FineWebConfig, FineWebQuality
+from herd_jax.curation.heuristics.gopher import GopherQuality, GopherQualityConfig
+from herd_jax.curation.heuristics.outliers import Outliers, OutliersConfig
+from herd_jax.curation.heuristics.repetition import Repetition, RepetitionConfig
+from herd_jax.curation.heuristics.rules import RULES, Rules
+from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 
 LIKE_DATATROVE = (Rules(language="*"),)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from classified import make_sets
 
-from herd_jax.curation import words
-from herd_jax.curation.classifiers import open_classifier, train_classifier
-from herd_jax.curation.labelled import LEAST_TEXTS, Labelled, auc, evaluate
-from herd_jax.curation.linear_classifier import LinearClassifier, LinearConfig, features, train
+from herd_jax.curation.classification.classifiers import open_classifier, train_classifier
+from herd_jax.curation.classification.labelled import LEAST_TEXTS, Labelled, auc, evaluate
+from herd_jax.curation.classification.linear_classifier import LinearClassifier, LinearConfig, features, train
+from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 
 CONFIG = LinearConfig(num_features=4096)

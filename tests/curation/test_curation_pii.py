@@ -15,8 +15,8 @@ pytest.importorskip("datatrove")
 
 from datatrove.data import Document
 
-from herd_jax.curation.personal_data import KINDS, find
-from herd_jax.curation.pii import Pii, PiiConfig
+from herd_jax.curation.safety.personal_data import KINDS, find
+from herd_jax.curation.safety.pii import Pii, PiiConfig
 from herd_jax.errors import UserError
 
 PLANTED, SEED = 200, 5  # of each kind

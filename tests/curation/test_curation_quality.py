@@ -12,12 +12,12 @@ from classified import make_sets
 from datatrove.data import Document
 
 from herd_jax.config import parse
-from herd_jax.curation import classifiers, quality
-from herd_jax.curation.categories import Categories, CategoriesConfig, ClassifierConfig, topic_rates
-from herd_jax.curation.labelled import Labelled
-from herd_jax.curation.linear_classifier import LinearConfig, train
-from herd_jax.curation.quality import Quality, QualityConfig, ThresholdConfig
-from herd_jax.curation.rebalance import Rebalance
+from herd_jax.curation.classification import classifiers, quality
+from herd_jax.curation.classification.categories import Categories, CategoriesConfig, ClassifierConfig, topic_rates
+from herd_jax.curation.classification.labelled import Labelled
+from herd_jax.curation.classification.linear_classifier import LinearConfig, train
+from herd_jax.curation.classification.quality import Quality, QualityConfig, ThresholdConfig
+from herd_jax.curation.classification.rebalance import Rebalance
 from herd_jax.errors import UserError
 
 ODD_TEXTS = ["", " ", "x", "\ud800", "\0\1\2" * 100, "שלום עולם", "word " * 1_000_000, "=" * 300_000, "a" * 300_000]

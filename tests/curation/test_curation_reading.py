@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from herd_jax.curation.block import DropLog
-from herd_jax.curation.decoding import decode
-from herd_jax.curation.reading import CODE, HTML, PLAIN, Reader, ReadingConfig, find_inputs, plan_tasks
+from herd_jax.curation.input.decoding import decode
+from herd_jax.curation.input.reading import CODE, HTML, PLAIN, Reader, ReadingConfig, find_inputs, plan_tasks
 from herd_jax.data import documents
 from herd_jax.errors import UserError
 

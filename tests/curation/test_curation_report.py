@@ -12,13 +12,14 @@ from datatrove.pipeline.base import PipelineStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herd_jax.curation import exchange, staging
+from herd_jax.curation import staging
 from herd_jax.curation.block import Block, DropLog
-from herd_jax.curation.duplicates import DUPLICATE, Duplicates
+from herd_jax.curation.deduplication import exchange
+from herd_jax.curation.deduplication.duplicates import DUPLICATE, Duplicates
 from herd_jax.curation.execution import LocalExecutor, Phase
-from herd_jax.curation.report import inspect
-from herd_jax.curation.report_data import SAMPLES, collect
-from herd_jax.curation.report_format import element, printable, short
+from herd_jax.curation.reporting.data import SAMPLES, collect
+from herd_jax.curation.reporting.formats import element, printable, short
+from herd_jax.curation.reporting.report import inspect
 from herd_jax.curation.staging import Load, Store, document_number
 from herd_jax.data.streams import StreamWriter
 from herd_jax.errors import UserError

@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from herd_jax.config import parse, read_command_line
-from herd_jax.curation.report import inspect
+from herd_jax.curation.reporting.report import inspect
 from herd_jax.curation.run import curate
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.curation.staging import rows

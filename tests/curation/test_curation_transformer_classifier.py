@@ -9,10 +9,10 @@ import pytest
 import tiny
 from classified import make_sets
 
-from herd_jax.curation import labels
-from herd_jax.curation.classifiers import open_classifier, train_classifier
-from herd_jax.curation.labelled import LEAST_TEXTS, Labelled, evaluate, text_id
-from herd_jax.curation.transformer_classifier import TransformerClassifier, TransformerConfig, train
+from herd_jax.curation.classification import labels
+from herd_jax.curation.classification.classifiers import open_classifier, train_classifier
+from herd_jax.curation.classification.labelled import LEAST_TEXTS, Labelled, evaluate, text_id
+from herd_jax.curation.classification.transformer_classifier import TransformerClassifier, TransformerConfig, train
 from herd_jax.errors import UserError
 from herd_jax.model import Model
 from herd_jax.models.encoder import EncoderConfig

@@ -15,8 +15,8 @@ pytest.importorskip("datatrove")
 
 from datatrove.data import Document
 
-from herd_jax.curation import urls
-from herd_jax.curation.urls import UrlSafety, UrlSafetyConfig
+from herd_jax.curation.safety import urls
+from herd_jax.curation.safety.urls import UrlSafety, UrlSafetyConfig
 from herd_jax.errors import UserError
 
 LISTS = {

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd_jax.curation import words
+from herd_jax.curation.text import words
 
 
 def cut(text: str) -> list[str]:
@@ -74,7 +74,7 @@ def test_ngrams_keep_order():
 
 def test_hashes_are_those_of_other_machines():
     assert words.split("herd").hashes.tolist() == [3464712237589848716]
-    code = "from herd_jax.curation import words; print(*words.split('herd Ünïcode 12').folded)"
+    code = "from herd_jax.curation.text import words; print(*words.split('herd Ünïcode 12').folded)"
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}).stdout
     assert [int(word) for word in elsewhere.split()] == words.split("herd Ünïcode 12").folded.tolist()
 
