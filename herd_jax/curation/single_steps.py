@@ -72,7 +72,7 @@ class ReportContamination(PipelineStep):
 
 
 class PlanMix(PipelineStep):
-    """Writes `mix.json`, `mix.txt` and `train.py`, a config for `python -m herd_jax.train`, of the streams that there are."""
+    """Writes `mix.json` and `train.py`, a config for `python -m herd_jax.train`, of the streams that there are."""
 
     type = "mix"
     name = "mix"

@@ -1,6 +1,6 @@
 """Documents whose words are not those of their language: Kullback-Leibler divergence from the corpus (section 3.1.1 of the paper).
 
-A first pass adds up `count` by language (`word_counts.py`), and the block reads the sums. Words are hashed to bins.
+A first pass counts the words of each language (`word_counts.py`), and the block reads the sums. Words are hashed to bins.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ class OutliersConfig:
         check_counts("outliers", {"max_excess": self.max_excess, "min_words": self.min_words})
 
 
-def count(found: words.Words) -> np.ndarray:
-    """How many words fall in each bin: int64 [BINS]. Counts of documents add up to those of a corpus."""
-    return np.bincount(_bins(found), minlength=BINS)
+def add_words(counts: np.ndarray, found: words.Words) -> None:
+    """Adds the words of a document to int64 [BINS], how many words of the corpus fall in each bin."""
+    np.add.at(counts, _bins(found), 1)
 
 
 class Outliers(Block):

@@ -29,6 +29,8 @@ class Rules:
             raise UserError(f"curation rules.language is empty: give a code such as 'en', or '{ANY_LANGUAGE}' for all other languages")
 
 
+# Signs count as words, and more of them stand in other languages: of French Wikipedia 26 % is below Gopher's 0.8, 1.4 % below this.
+_LEAST_ALPHABETIC = 0.7
 _LINE_ENDS = "".join(sorted(TERMINAL_PUNCTUATION)) + "\"'”’»」』"
 
 
@@ -36,7 +38,7 @@ def _european(language: str, stop_words: str) -> Rules:
     """Gopher's rules with the language's own stop words, C4's with its own words about cookies and privacy."""
     return Rules(
         language,
-        quality=GopherQualityConfig(stop_words=tuple(stop_words.split())),
+        quality=GopherQualityConfig(min_alphabetic_words=_LEAST_ALPHABETIC, stop_words=tuple(stop_words.split())),
         c4=C4Config(line_ends=_LINE_ENDS, line_phrases=("javascript", *_COOKIES[language])),
     )
 
@@ -70,5 +72,5 @@ RULES: tuple[Rules, ...] = (
     _european("it", "il la di che e in un per con non"),
     _european("pt", "o a de que e em um com para os"),
     *map(_unspaced, ("zh", "ja", "th", "lo", "km", "my")),
-    Rules(ANY_LANGUAGE, quality=GopherQualityConfig(min_stop_words=None, stop_words=()), c4=C4Config(line_ends=_LINE_ENDS)),
+    Rules(ANY_LANGUAGE, quality=GopherQualityConfig(min_alphabetic_words=_LEAST_ALPHABETIC, min_stop_words=None, stop_words=()), c4=C4Config(line_ends=_LINE_ENDS)),
 )

@@ -32,8 +32,8 @@ class CountWords(PipelineStep):
         counts: dict[str, np.ndarray] = {}
         for doc in data:
             if doc.metadata["media_type"] != CODE:
-                language = doc.metadata["language"]
-                counts[language] = counts.get(language, 0) + outliers.count(words.split(doc.text))
+                of_language = counts.setdefault(doc.metadata["language"], np.zeros(outliers.BINS, np.int64))
+                outliers.add_words(of_language, words.split(doc.text))
             yield doc
         _write(task_file(self._directory, rank, "npz"), counts)
 
