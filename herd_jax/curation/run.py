@@ -7,8 +7,10 @@ from textwrap import shorten
 
 from herd_jax.config import differences, to_dict
 from herd_jax.curation.block import unfinished
+from herd_jax.curation.checks import check
 from herd_jax.curation.execution import run_phases
 from herd_jax.curation.input.reading import find_inputs, plan_tasks
+from herd_jax.curation.lock import only_run
 from herd_jax.curation.phases import Plan
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError
@@ -23,21 +25,34 @@ def curate(config: CurationConfig) -> str:
     Raises UserError for a workdir of another configuration or input, a task that failed, and at the end of a run that left out inputs.
     """
     workdir = Path(config.workdir).expanduser()
+    try:
+        return _curate(config, workdir)
+    except OSError as error:
+        reason = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}"
+        raise UserError(f"{reason}; when the cause is removed, the same command continues") from error
+
+
+def _curate(config: CurationConfig, workdir: Path) -> str:
     files = find_inputs(config.input, leave_out=workdir)
-    _settle(workdir, config, files)
-    plan = Plan(config, workdir, plan_tasks(files))
-    run_phases(plan.phases(), config.executor, config.workers, config.cluster, workdir / "phases")
+    phases = Plan(config, workdir, plan_tasks(files)).phases()
+    check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with only_run(workdir):
+        _settle(workdir, config, files)
+        run_phases(phases, config.executor, config.workers, config.cluster, workdir / "phases")
     see = f"python -m herd_jax.curate inspect {workdir}"
     if config.executor == "slurm":
         return f"submitted; when the last job has ended, {see}"
     problems = [problem for file in sorted((workdir / "problems").glob("*.json")) for problem in json.loads(file.read_text())]
     if problems:
-        first = ", ".join(f"{problem['file']} ({problem['reason']})" for problem in problems[:3])
+        reasons = {problem["file"]: problem["reason"] for problem in reversed(problems)}  # the first of each file
+        first = ", ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items())[:3])
         raise UserError(
-            f"the run is done, but {len(problems)} inputs were damaged or unreadable, at least in part: {first}; all are listed in "
+            f"the run is done, but {len(reasons)} inputs were damaged or unreadable, at least in part: {first}; all are listed in "
             f"{workdir / 'problems'}, what came of the rest is shown by {see}"
         )
-    return f"done; {see} shows what became of each document, and python -m herd_jax.train --config {workdir / 'train.py'} trains on the result"
+    trains = f"python -m herd_jax.train --config {workdir / 'train.py'} trains on the result"
+    return f"done; {see} shows what became of each document, {trains if (workdir / 'train.py').exists() else 'too few are left to train on'}"
 
 
 def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> None:
@@ -55,7 +70,6 @@ def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> Non
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{workdir} was made from other input, such as {', '.join(names[:3])}{more}: restore it, or name another workdir")
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     unfinished(note).write_text(json.dumps({"config": settled, "inputs": inputs}, indent=1))
     unfinished(note).rename(note)
 

@@ -1,5 +1,6 @@
 """Steps of a curation run that are one task each, and the naming of its streams."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from datatrove.pipeline.base import PipelineStep
 from herd_jax.curation.block import unfinished
 from herd_jax.curation.decontamination import THRESHOLDS, DecontaminationConfig, Index, report
 from herd_jax.curation.mix import MixConfig, Source, plan, training_config
+from herd_jax.data.streams import TokenStream
+from herd_jax.errors import UserError
 from herd_jax.text.tokenizer import load_tokenizer
 
 HIGH = "-high"
@@ -72,7 +75,8 @@ class ReportContamination(PipelineStep):
 
 
 class PlanMix(PipelineStep):
-    """Writes `mix.json` and `train.py`, a config for `python -m herd_jax.train`, of the streams that there are."""
+    """Writes `mix.json` and `train.py`, a config for `python -m herd_jax.train`, of the streams that can be trained on and validated; no
+    `train.py` where there are none."""
 
     type = "mix"
     name = "mix"
@@ -84,8 +88,14 @@ class PlanMix(PipelineStep):
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         sources = []
         for directory in sorted(self._streams.glob("*")):
-            category = directory.name.removesuffix(HIGH)
-            sources.append(Source.open(str(directory), category, self._high_quality if directory.name.endswith(HIGH) else None))
+            quality = self._high_quality if directory.name.endswith(HIGH) else None
+            with contextlib.suppress(UserError):  # a single document leaves a split empty, which training cannot read
+                TokenStream(directory / "validation")
+                sources.append(Source.open(str(directory), directory.name.removesuffix(HIGH), quality))
+        if not sources:
+            table = "no mix: no category has two documents, one to train and one to validate on"
+            _write(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))
+            return
         mix = plan(sources, self._config)
         phases = [
             {"from_tokens": p.from_tokens, "to_tokens": p.to_tokens, "shares": p.shares, "drawn": {source.path: n for source, n in p.drawn.items()}}
