@@ -15,7 +15,7 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.block import DropLog
-from herd_jax.curation.classification.categories import CATEGORIES, Categories
+from herd_jax.curation.classification.categories import Categories
 from herd_jax.curation.classification.quality import Quality
 from herd_jax.curation.classification.rebalance import Rebalance, TopicRates
 from herd_jax.curation.decontamination import Decontaminate
@@ -38,13 +38,14 @@ from herd_jax.curation.language import Language
 from herd_jax.curation.safety.pii import Pii
 from herd_jax.curation.safety.urls import UrlSafety
 from herd_jax.curation.settings import CurationConfig
-from herd_jax.curation.single_steps import HIGH, BuildIndex, NameStream, PlanMix, ReportContamination
+from herd_jax.curation.single_steps import BuildIndex, NameStream, PlanMix, ReportContamination
 from herd_jax.curation.staging import Load, Number, Store
 from herd_jax.curation.streams import Join, MakeTokenizer, Tokenize
 
 READ_COLUMNS = {name: "string" for name in ("url", "date", "source", "media_type", "language")} | {"language_score": "float64"}
 CLEAN_COLUMNS = READ_COLUMNS | {"category": "string", "topic": "string", "quality": "float64"}
 MAX_REDUCERS = 1024
+JOINERS = 16  # tasks that join parts to streams, of which there is one a category and language
 
 
 class Plan:
@@ -127,11 +128,10 @@ class Plan:
 
     def _tokenizing(self) -> list[Phase]:
         config, tokenizer, parts, streams = self.config, self.workdir / "tokenizer", self.workdir / "parts", self.workdir / "streams"
-        names = tuple(sorted(category + level for category in CATEGORIES for level in ("", HIGH)[: 1 if config.high_quality is None else 2]))
         return [
             Phase("tokenizer", [MakeTokenizer(config.tokenizer, self.clean, tokenizer)], 1),
             self._mapping("tokenize", [Tokenize(self.clean, tokenizer, parts)]),
-            Phase("streams", [Join(parts, tokenizer, streams, names, config.validation_fraction)], len(names)),
+            Phase("streams", [Join(parts, tokenizer, streams, config.validation_fraction)], JOINERS),
             Phase("mix", [PlanMix(config.mix, streams, config.high_quality, self.workdir)], 1),
         ]
 

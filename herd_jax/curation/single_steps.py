@@ -9,17 +9,19 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.block import unfinished
+from herd_jax.curation.classification.categories import MULTILINGUAL
 from herd_jax.curation.decontamination import THRESHOLDS, DecontaminationConfig, Index, report
 from herd_jax.curation.mix import MixConfig, Source, plan, training_config
 from herd_jax.data.streams import TokenStream
 from herd_jax.errors import UserError
 from herd_jax.text.tokenizer import load_tokenizer
 
-HIGH = "-high"
+HIGH = "-high"  # the end of a stream's name
 
 
 class NameStream(PipelineStep):
-    """Notes in "stream" which one a document goes to: that of its category, or CATEGORY-high from a quality of `high_quality` on."""
+    """Notes in "stream" which one a document goes to: that of its category, if that is multilingual also of its language, from a quality of
+    `high_quality` on one of its own: general, general-high, multilingual-fr, ..."""
 
     type = "count"
     name = "stream"
@@ -32,7 +34,9 @@ class NameStream(PipelineStep):
         for doc in data:
             quality = doc.metadata.get("quality")
             is_high = self._high_quality is not None and quality is not None and quality >= self._high_quality
-            doc.metadata["stream"] = doc.metadata["category"] + (HIGH if is_high else "")
+            category = doc.metadata["category"]
+            language = f"-{doc.metadata['language']}" if category == MULTILINGUAL else ""
+            doc.metadata["stream"] = category + language + (HIGH if is_high else "")
             yield doc
 
 
@@ -91,7 +95,7 @@ class PlanMix(PipelineStep):
             quality = self._high_quality if directory.name.endswith(HIGH) else None
             with contextlib.suppress(UserError):  # a single document leaves a split empty, which training cannot read
                 TokenStream(directory / "validation")
-                sources.append(Source.open(str(directory), directory.name.removesuffix(HIGH), quality))
+                sources.append(Source.open(str(directory), directory.name.split("-")[0], quality))
         if not sources:
             table = "no mix: no category has two documents, one to train and one to validate on"
             _write(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))

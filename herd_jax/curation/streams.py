@@ -1,4 +1,4 @@
-"""Clean text -> token streams by category: a tokenizer for all, parts by task, streams joined from the parts of a category."""
+"""Clean text -> token streams: a tokenizer for all, parts by task, streams joined from parts."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,9 +11,17 @@ from herd_jax.curation.staging import rows
 from herd_jax.data.parts import validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
 from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
-from herd_jax.text.tokenizer import load_tokenizer
+from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLE_FILES = 64  # a trained tokenizer sees the beginnings of at most so many files of a category
+
+
+def load_ending(tokenizer: str | Path) -> Tokenizer:
+    """The tokenizer, which has an end token. Raises UserError where it has none or cannot be loaded."""
+    found = load_tokenizer(tokenizer)
+    if found.eos_id is None:
+        raise UserError(f"tokenizer {tokenizer} has no end token: name it as eos_token in a tokenizer_config.json beside it")
+    return found
 
 
 class MakeTokenizer(PipelineStep):
@@ -28,14 +36,14 @@ class MakeTokenizer(PipelineStep):
         self._tokenizer, self._clean, self._target = tokenizer, clean, target
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        if not any(self._clean.glob("*/*.parquet")):
+            raise UserError(f"no document is left: see which block dropped them with python -m herd_jax.curate inspect {self._clean.parent}")
         model = self._tokenizer
         if self._tokenizer.isdecimal():
             model = self._target.with_name("trained.model")
             model.parent.mkdir(parents=True, exist_ok=True)
             train_sentencepiece(self._sample(), int(self._tokenizer), model)
-        tokenizer = load_tokenizer(model)
-        if tokenizer.eos_id is None:
-            raise UserError(f"tokenizer {self._tokenizer} has no end token: name it as eos_token in a tokenizer_config.json beside it")
+        tokenizer = load_ending(model)
         shutil.rmtree(unfinished(self._target), ignore_errors=True)
         tokenizer.save(unfinished(self._target))
         shutil.rmtree(self._target, ignore_errors=True)
@@ -44,8 +52,6 @@ class MakeTokenizer(PipelineStep):
 
     def _sample(self) -> Iterator[str]:
         files = {category: sorted(category.glob("*.parquet")) for category in sorted(self._clean.glob("*"))}
-        if not files:
-            raise UserError("no document is left, so there is nothing to train a tokenizer on: see which block dropped them with python -m herd_jax.curate inspect")
         for some in files.values():
             chosen = some[:: -(-len(some) // SAMPLE_FILES)]
             for file in chosen:
@@ -58,7 +64,7 @@ class MakeTokenizer(PipelineStep):
 
 
 class Tokenize(PipelineStep):
-    """Writes a part of each category: `PARTS/CATEGORY/TASK.documents` and `.tokens`."""
+    """Writes a part of each stream: `PARTS/STREAM/TASK.documents` and `.tokens`."""
 
     type = "tokens"
     name = "tokenize"
@@ -76,22 +82,23 @@ class Tokenize(PipelineStep):
 
 
 class Join(PipelineStep):
-    """Task i joins the parts of the i-th of `categories`, where it has any, to `TARGET/CATEGORY/train` and `validation`."""
+    """Of n tasks, the i-th joins the parts of every n-th stream to `TARGET/STREAM/train` and `validation`."""
 
     type = "tokens"
     name = "join"
 
-    def __init__(self, parts: Path, tokenizer: Path, target: Path, categories: tuple[str, ...], validation_fraction: float):
+    def __init__(self, parts: Path, tokenizer: Path, target: Path, validation_fraction: float):
         super().__init__()
         self._parts, self._tokenizer, self._target = parts, tokenizer, target
-        self._categories, self._validation_fraction = categories, validation_fraction
+        self._validation_fraction = validation_fraction
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        category = self._categories[rank]
-        parts = [part for part in sorted((self._parts / category).glob("*.documents")) if part.stat().st_size]
-        if not parts:
-            return
-        target = self._target / category
+        for directory in sorted(self._parts.glob("*"))[rank::world_size]:
+            parts = [part for part in sorted(directory.glob("*.documents")) if part.stat().st_size]
+            if parts:
+                self._join(parts, self._target / directory.name)
+
+    def _join(self, parts: list[Path], target: Path) -> None:
         for directory in (target, unfinished(target)):  # of a task that was killed
             shutil.rmtree(directory, ignore_errors=True)
         rule = validation_rule(parts, self._validation_fraction)

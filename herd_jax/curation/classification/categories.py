@@ -13,7 +13,8 @@ from herd_jax.curation.block import Block
 from herd_jax.curation.classification.classifiers import in_batches, label_number, open_classifier
 from herd_jax.errors import UserError
 
-CATEGORIES = ("general", "math_and_reasoning", "code", "multilingual")
+MULTILINGUAL = "multilingual"
+CATEGORIES = ("general", "math_and_reasoning", "code", MULTILINGUAL)
 READ_CHARACTERS = 100_000  # of a document that the rules for lines look at
 
 # Lines that only code, or only mathematics, is likely to have. Each alternative reads a line once.
@@ -107,7 +108,7 @@ class Categories(Block):
         for name in ("code", "reasoning"):
             if config := getattr(self.config, name):
                 classifier = open_classifier(config.path)
-                found[name] = classifier, label_number(classifier, config.label, config.path)
+                found[name] = classifier, label_number(classifier.labels, config.label, config.path)
         return found | ({"topics": (open_classifier(self.config.topics), None)} if self.config.topics else {})
 
 
