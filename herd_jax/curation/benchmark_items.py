@@ -27,8 +27,8 @@ class Benchmark:
 
 
 def read_items(benchmark: Benchmark) -> Iterator[str]:
-    """The text of each item; raises UserError for a file that cannot be read or an item without one of the fields."""
-    path = Path(benchmark.path).expanduser()
+    """The text of each item; raises UserError for a file that cannot be read or has no items, or an item without one of the fields."""
+    path, number = Path(benchmark.path).expanduser(), 0
     try:
         for number, record in enumerate(_records(path), start=1):
             yield record if isinstance(record, str) else _text(record, benchmark, number)
@@ -36,6 +36,8 @@ def read_items(benchmark: Benchmark) -> Iterator[str]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"benchmark {benchmark.name} cannot be read from {path} ({_brief(error)}): give a whole file") from error
+    if not number:
+        raise UserError(f"benchmark {benchmark.name} has no items in {benchmark.path}: give the path of a file that has some")
 
 
 def _records(path: Path) -> Iterator[str | dict]:

@@ -59,8 +59,6 @@ class Index:
                 benchmark_of.append(number)
                 if len(tokens):
                     grams.append(words.ngrams(tokens, min(NGRAM, len(tokens))))
-            if number not in benchmark_of[-1:]:
-                raise UserError(f"benchmark {benchmark.name} has no items in {benchmark.path}: give the path of a file that has some")
         hashes_K, entries_O = np.unique(np.concatenate(grams), return_inverse=True)
         names = np.array([benchmark.name for benchmark in benchmarks], np.str_)
         return cls(names, np.array(benchmark_of, np.int32), np.array(num_tokens, np.int32), hashes_K, entries_O.astype(np.int32))

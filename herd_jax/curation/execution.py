@@ -6,6 +6,7 @@ A phase is a pipeline that runs once a task; a task that has completed is marked
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import json
@@ -15,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from herd_jax.curation import lock
 from herd_jax.errors import UserError
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -60,7 +62,7 @@ def run_phases(phases: Sequence[Phase], executor: str, workers: int, cluster: Cl
     (directory / "tasks.json").write_text(json.dumps({phase.name: phase.num_tasks for phase in phases}, indent=1))
     match executor:
         case "local":
-            _run_here([LocalExecutor(phase, directory / phase.name) for phase in phases], workers or os.cpu_count())
+            _run_here([LocalExecutor(phase, directory / phase.name) for phase in phases], workers or os.cpu_count(), directory.parent)
         case "slurm":
             _submit_to_slurm(phases, workers, cluster, directory)
         case "ray":
@@ -90,6 +92,8 @@ class LocalExecutor(LocalPipelineExecutor):
                 f"a process of phase {self.phase_name} was killed, most likely for want of memory: the same command with fewer "
                 "--config.workers continues"
             )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(f"the disk is full, as task {rank} of {self.phase_name} found: make room, and the same command continues")
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         log = self.directory / "logs" / f"task_{rank:05d}.log"
         return UserError(
@@ -97,7 +101,7 @@ class LocalExecutor(LocalPipelineExecutor):
         )
 
 
-def _run_here(executors: Sequence[LocalExecutor], workers: int) -> None:
+def _run_here(executors: Sequence[LocalExecutor], workers: int, workdir: Path) -> None:
     """In this process with one worker, else in processes that serve all phases, are missed when they die, and end with this one."""
     columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
@@ -106,8 +110,10 @@ def _run_here(executors: Sequence[LocalExecutor], workers: int) -> None:
         if workers > 1:
             # Fresh processes: a step may have run jax, whose threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
-            pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (list(executors), os.getpid()))
+            arguments = (list(executors), os.getpid(), workdir)
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, arguments)
             stack.callback(pool.shutdown, cancel_futures=True)
+            stack.enter_context(_ending_workers())
         for phase, executor in enumerate(executors):
             missing = executor.get_incomplete_ranks()
             bar = progress.add_task(executor.phase_name, total=executor.tasks, completed=executor.tasks - len(missing))
@@ -124,9 +130,21 @@ def _run_here(executors: Sequence[LocalExecutor], workers: int) -> None:
                 progress.advance(bar)
 
 
-def _start_worker(executors: list[LocalExecutor], parent: int) -> None:
+@contextlib.contextmanager
+def _ending_workers() -> Iterator[None]:
+    """Where the block is interrupted, tasks that run are not waited for."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+
+
+def _start_worker(executors: list[LocalExecutor], parent: int, workdir: Path) -> None:
     global _executors
     _executors = executors
+    lock.join(workdir)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt
 
     def end_with_parent() -> None:

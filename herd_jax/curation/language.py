@@ -66,6 +66,10 @@ class Language(Block):
         if config.model_path and not Path(config.model_path).is_file():
             raise UserError(f"the language model {config.model_path} does not exist: correct language.model_path, or leave it empty")
 
+    def check(self) -> None:
+        """Raises UserError where the model cannot be loaded or does not know a language of the settings."""
+        self._predict  # noqa: B018  (loads it)
+
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if doc.metadata["media_type"] == "text/x-code":
             doc.metadata |= {"language": CODE, "language_score": 1.0}

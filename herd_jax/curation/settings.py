@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from herd_jax.curation.classification.categories import CategoriesConfig
+from herd_jax.curation.classification.categories import CATEGORIES, CategoriesConfig
 from herd_jax.curation.classification.quality import QualityConfig
 from herd_jax.curation.decontamination import DecontaminationConfig
 from herd_jax.curation.deduplication.duplicates import DeduplicationConfig
@@ -17,6 +17,8 @@ from herd_jax.curation.mix import MixConfig
 from herd_jax.curation.safety.pii import PiiConfig
 from herd_jax.curation.safety.urls import UrlSafetyConfig
 from herd_jax.errors import UserError
+
+SMALLEST_VOCABULARY = 260
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,5 +57,13 @@ class CurationConfig:
             raise UserError("workdir or input is empty: give --config.workdir=DIR and --config.input=GLOB")
         if self.workers < 0:
             raise UserError(f"workers is {self.workers}: it must be 1 or more, or 0 for as many as there are cores")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be at least 0 and less than 1")
+        if not 0 < self.validation_fraction < 1:  # training validates on each stream
+            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be more than 0 and less than 1")
+        if self.tokenizer.isdecimal() and int(self.tokenizer) < SMALLEST_VOCABULARY:
+            raise UserError(f"tokenizer is {self.tokenizer}: a vocabulary to train needs {SMALLEST_VOCABULARY} or more, for all bytes")
+        if self.high_quality is not None and not self.quality:
+            raise UserError("high_quality is set, but no document gets a quality: set quality.linear.path, or leave high_quality out")
+        caps = self.mix.max_epochs if isinstance(self.mix.max_epochs, dict) else {}
+        for name in (*caps, *(name for target in self.mix.targets for name in target.shares)):
+            if name not in CATEGORIES:
+                raise UserError(f"the mix names '{name}', which is no category: take {', '.join(CATEGORIES)}")

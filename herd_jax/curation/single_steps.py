@@ -1,6 +1,5 @@
 """Steps of a curation run that are one task each, and the naming of its streams."""
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ from herd_jax.curation.block import unfinished
 from herd_jax.curation.classification.categories import MULTILINGUAL
 from herd_jax.curation.decontamination import THRESHOLDS, DecontaminationConfig, Index, report
 from herd_jax.curation.mix import MixConfig, Source, plan, training_config
-from herd_jax.data.streams import TokenStream
-from herd_jax.errors import UserError
+from herd_jax.data.streams import HEADER
 from herd_jax.text.tokenizer import load_tokenizer
 
 HIGH = "-high"  # the end of a stream's name
@@ -93,8 +91,7 @@ class PlanMix(PipelineStep):
         sources = []
         for directory in sorted(self._streams.glob("*")):
             quality = self._high_quality if directory.name.endswith(HIGH) else None
-            with contextlib.suppress(UserError):  # a single document leaves a split empty, which training cannot read
-                TokenStream(directory / "validation")
+            if all(_num_tokens(directory / split) for split in ("train", "validation")):  # a single document leaves one empty
                 sources.append(Source.open(str(directory), directory.name.split("-")[0], quality))
         if not sources:
             table = "no mix: no category has two documents, one to train and one to validate on"
@@ -110,6 +107,10 @@ class PlanMix(PipelineStep):
         model = {"name": "llama-5m", "vocab_size": load_tokenizer(self._streams.parent / "tokenizer").vocab_size}
         run = {"workdir": str(self._workdir / "model"), "model": model, "train": {"global_batch_size": 8, "seq_len": 256}}
         training_config(mix, self._workdir / "train.py", run)
+
+
+def _num_tokens(stream: Path) -> int:
+    return sum(json.loads((stream / HEADER).read_text())["shard_tokens"])
 
 
 def _write(path: Path, text: str) -> None:

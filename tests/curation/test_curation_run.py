@@ -32,6 +32,7 @@ FRENCH = (
     "partie du fonds vient encore de ces dons. Pendant la guerre, le bâtiment a été fermé et les livres ont été cachés dans la cave d'une école. "
     "Depuis la réouverture, elle prête des livres à tous ceux qui en font la demande et organise des lectures pour les plus jeunes."
 )
+VOCABULARY = sorted(set(re.findall(r"\b[a-z]{4,9}\b", " ".join(topics.values()))))
 SETTINGS = {
     "urls": {"use_datatrove_lists": False},
     "tokenizer": "bytes",
@@ -42,9 +43,9 @@ SETTINGS = {
 
 def prose(seed: int) -> str:
     """Twenty-five sentences of words from the Python documentation: English to every rule, and unlike any other seed's."""
-    vocabulary, chance = sorted(set(re.findall(r"\b[a-z]{4,9}\b", " ".join(topics.values())))), random.Random(seed)
+    chance = random.Random(seed)
     form = "The {} {} of the {} and a {} have to {} that {} with {} to {}."
-    sentences = [form.format(*chance.choices(vocabulary, k=8)) for _ in range(25)]
+    sentences = [form.format(*chance.choices(VOCABULARY, k=8)) for _ in range(25)]
     return "\n".join(" ".join(sentences[i : i + 5]) for i in range(0, 25, 5))
 
 
@@ -172,10 +173,8 @@ def test_damaged_input_is_named_and_the_rest_is_done(inputs, tmp_path):
 
 
 def test_a_failing_task_is_named_and_what_is_done_stays(inputs, tmp_path):
-    (tmp_path / "model").mkdir()
-    settings = dict(categories={"topics": str(tmp_path / "model")})
-    with pytest.raises(UserError):
-        curate(configured(inputs, tmp_path / "run", **settings))
+    with pytest.raises(UserError, match="no tokenizer of 99999999 tokens can be trained here"):
+        curate(configured(inputs, tmp_path / "run", tokenizer="99999999"))
     assert len(list((tmp_path / "run" / "phases" / "read" / "completions").iterdir())) >= 3
 
 

@@ -1,5 +1,6 @@
 """The two kinds of classifiers behind one door: opened by path, trained from files, run over documents in batches."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,11 +24,21 @@ def open_classifier(path: str):
     return TransformerClassifier.load(path)
 
 
-def label_number(classifier, label: str, path: str) -> int:
+def read_labels(path: str) -> tuple[str, ...]:
+    """The labels of a classifier, without starting jax. Raises UserError where the classifier is absent, damaged or another."""
+    if not Path(path).is_dir():
+        return LinearClassifier.load(path).labels
+    try:
+        return tuple(json.loads((Path(path) / "config.json").read_text())["labels"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged or no transformer classifier: train it again with the train-classifier command") from error
+
+
+def label_number(labels: Sequence[str], label: str, path: str) -> int:
     """Raises UserError where the classifier at `path` does not know the label."""
-    if label not in classifier.labels:
-        raise UserError(f"the classifier {path} has no label '{label}': choose one of {', '.join(classifier.labels)}")
-    return classifier.labels.index(label)
+    if label not in labels:
+        raise UserError(f"the classifier {path} has no label '{label}': choose one of {', '.join(labels)}")
+    return labels.index(label)
 
 
 def train_classifier(kind: str, sets: Mapping[str, Sequence[str]], judged: str | None, target: str | Path, text_field: str = "text") -> str:

@@ -88,5 +88,5 @@ class Quality(Block):
         found = {}
         for name, stage in self.stages.items():
             classifier = open_classifier(stage.path)
-            found[name] = classifier, label_number(classifier, stage.label, stage.path)
+            found[name] = classifier, label_number(classifier.labels, stage.label, stage.path)
         return found

@@ -103,7 +103,7 @@ def url_records(doc: Document) -> np.ndarray:
     url = normalised_url(doc.metadata["url"])
     if not url:
         return np.empty(0, URL)
-    return np.array([(xxhash.xxh3_64_intdigest(url), seconds(doc.metadata["date"]), doc.metadata["number"])], URL)
+    return np.array([(xxhash.xxh3_64_intdigest(url.encode(errors="replace")), seconds(doc.metadata["date"]), doc.metadata["number"])], URL)
 
 
 def older_versions(records: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def line_keys(doc: Document) -> np.ndarray:
     lines = doc.text.split("\n")
     if doc.metadata["media_type"] == "text/x-code":
         return np.zeros(len(lines), np.uint64)
-    seed = xxhash.xxh3_64_intdigest(doc.metadata["language"])
+    seed = xxhash.xxh3_64_intdigest(doc.metadata["language"].encode())
     normalised = [_NOT_WORD.sub(" ", line).strip() for line in _DIGIT.sub("0", doc.text.lower()).split("\n")]
     keys = [xxhash.xxh3_64_intdigest(line.encode(errors="replace"), seed) if line else 0 for line in normalised]
     return np.array(keys, np.uint64)

@@ -37,7 +37,7 @@ class MinHash:
         if len(folded) == 0:
             return np.empty(0, BAND)
         minima = self.signature(words.ngrams(folded, min(SHINGLE_WORDS, len(folded)))).reshape(self.bands, self.rows)
-        seed = xxhash.xxh3_64_intdigest(doc.metadata["language"])
+        seed = xxhash.xxh3_64_intdigest(doc.metadata["language"].encode())
         records = np.empty(self.bands, BAND)
         records["key"] = [xxhash.xxh3_64_intdigest(row, (seed + band) % 2**64) for band, row in enumerate(minima)]
         records["document"] = doc.metadata["number"]

@@ -78,7 +78,8 @@ _MARKDOWN = [  # a character without which there is none, what is found, and the
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionConfig:
-    """Pages of more than `max_characters` are dropped. They bound the memory of a worker: 80 bytes each for the densest markup, 0.7 GiB."""
+    """Documents of more than `max_characters` are dropped: longer than any book, they are data, whatever the later blocks would say after
+    tens of seconds each. They bound the memory of a worker: 80 bytes each for the densest markup, 0.7 GiB."""
 
     max_characters: int = 2**23
 
@@ -97,9 +98,9 @@ class Extraction(Block):
         self.config = config
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if len(doc.text) > self.config.max_characters:
+            return False, "too_long"
         if doc.metadata["media_type"] == "text/html":
-            if len(doc.text) > self.config.max_characters:
-                return False, "page_too_long"
             text = extract_text(doc.text)
             if text is None:
                 return False, "nested_too_deep"

@@ -51,16 +51,22 @@ class ReadingConfig:
 def find_inputs(sources: tuple[str, ...], leave_out: Path) -> list[Path]:
     """The files that globs, files and directories name, sorted, each once, not under `leave_out`.
 
-    Raises UserError for a source without files, and for a file named by itself that is of no known format.
+    Raises UserError for a source without files, a directory that cannot be read, and a file named by itself that is of no known format.
     """
     files = find_files(sources, leave_out)
     for source in sources:
         path = Path(source).expanduser()
+        for _ in os.walk(path, onerror=_refuse) if path.is_dir() else ():
+            pass
         if path.is_file() and not IS_WARC.search(path.name) and not holds_rows(path):
             with path.open("rb") as file:
                 if decode(file.read(_SNIFFED_BYTES)) is None:
                     raise UserError(f"source {source} is of an unknown format: give WARC, HTML, JSONL, Parquet, plain text or source code")
     return files
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"directory {error.filename} cannot be read ({error.strerror}): make it readable, or name what is to be read beside it")
 
 
 def plan_tasks(files: Sequence[Path]) -> list[list[Piece]]:
@@ -117,16 +123,19 @@ class Reader(Block):
 
     def _read_rows(self, piece: Piece) -> Iterator[Document]:
         skipped: Counter[str] = Counter()
-        for position, row in read_rows(piece, self.config.text_field, _FIELDS, skipped, self.config.max_document_bytes):
-            identifier, url, date, media_type = (row.get(field) for field in _FIELDS)
-            yield _document(
-                row[self.config.text_field].replace("\0", ""),
-                str(identifier) if isinstance(identifier, str | int) and identifier != "" else f"{piece.path}#{position}",
-                piece.path,
-                media_type if media_type in (HTML, CODE) else PLAIN,
-                url,
-                date,
-            )
+        try:
+            for position, row in read_rows(piece, self.config.text_field, _FIELDS, skipped, self.config.max_document_bytes):
+                identifier, url, date, media_type = (row.get(field) for field in _FIELDS)
+                yield _document(
+                    row[self.config.text_field].replace("\0", ""),
+                    str(identifier) if isinstance(identifier, str | int) and identifier != "" else f"{piece.path}#{position}",
+                    piece.path,
+                    media_type if media_type in (HTML, CODE) else PLAIN,
+                    url,
+                    date,
+                )
+        except OverflowError:  # of a Parquet file's dates
+            skipped["row groups with dates that Python does not have, read up to there"] += 1
         for index in range(skipped.pop(TOO_LONG, 0)):
             yield _document(None, f"{piece.path}#too_long_{piece.start}_{index}", piece.path, PLAIN, reason="too_long")
         for reason, count in sorted(skipped.items()):

@@ -56,7 +56,7 @@ def _header(report: Report) -> Html:
         (short(characters), "clean characters"),
         (short(sum(sum(parts.values()) for parts in report.tokens.values())), "tokens in streams") if report.tokens else None,
         (f"{report.num_read / seconds:,.0f}", "documents/s and core, all blocks") if seconds else None,
-        (f"{len(report.problems):,}", "unreadable inputs") if report.problems else None,
+        (f"{len({problem['file'] for problem in report.problems}):,}", "unreadable inputs") if report.problems else None,
     ]
     cards = [element("div", element("b", number), element("span", label), class_="card") for number, label in filter(None, numbers)]
     phases = [element("span", str(phase), class_="chip open" if phase.unfinished else "chip") for phase in report.phases]

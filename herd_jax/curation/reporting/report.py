@@ -58,7 +58,8 @@ def lines(report: Report) -> list[str]:
         found += [*_categories(report), ""]
     if report.problems:
         first = report.problems[0]
-        found += [f"inputs that could not be read: {len(report.problems)}, the first {first['file']}: {first['reason']}", ""]
+        num_files = len({problem["file"] for problem in report.problems})
+        found += [f"inputs that could not be read: {num_files}, the first {first['file']}: {first['reason']}", ""]
     return found
 
 
