@@ -1,16 +1,26 @@
-"""Errors that a user can mend, and how a command reports them: one sentence, no traceback, non-zero exit."""
+"""Errors that a user can mend, and how a command reports them: one sentence, no traceback, and an exit status that says what to do."""
 
 import functools
 import sys
 from collections.abc import Callable
+
+USER_ERROR = 1  # mend something; also any other error, with its traceback
+START_AGAIN = 75  # EX_TEMPFAIL: the run was told to stop and has saved; the same command continues it
+HUNG = 76  # the watchdog ended the process; the same command continues the run
+PEER_LOST = 77  # another process of the run died or failed; the same command, in all of them, continues the run
 
 
 class UserError(ValueError):
     """Something the user can mend; its text is one sentence that names the cause and the remedy."""
 
 
+class StartAgain(Exception):
+    """The scheduler wants the machine back and the run has saved; its text is one sentence."""
+
+
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and exit status 1; all else keeps its traceback."""
+    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and exit status 1, StartAgain one line and 75; all
+    else keeps its traceback."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -18,6 +28,9 @@ def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
             main(sys.argv[1:])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(USER_ERROR)
+        except StartAgain as notice:
+            print(notice, file=sys.stderr)
+            sys.exit(START_AGAIN)
 
     return run

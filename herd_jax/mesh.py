@@ -26,6 +26,7 @@ class MeshConfig:
     cp: int = 1
     pp: int = 1
     dp: int = 0
+    allow_tp_across_hosts: bool = False
 
     def __post_init__(self):
         for axis in ("tp", "cp", "pp"):
@@ -35,22 +36,36 @@ class MeshConfig:
             raise UserError(f"mesh.dp is {self.dp}: it must be 1 or more, or 0 for whatever devices are left")
 
 
-def request_cpu_devices(config: MeshConfig) -> None:
-    """Makes the CPU, where it is the platform, show as many (fake) devices as the mesh needs. Call before jax is first used.
+def request_cpu_devices(config: MeshConfig, num_processes: int = 1) -> None:
+    """Makes the CPU, where it is the platform, show this process's share of the (fake) devices that the mesh needs.
 
-    Other platforms are not touched, and neither is a number that XLA_FLAGS or JAX_NUM_CPU_DEVICES already sets.
+    Call before jax is first used. Other platforms are not touched, and neither is a number that XLA_FLAGS or JAX_NUM_CPU_DEVICES already
+    sets. Raises UserError where the processes cannot share the mesh equally.
     """
+    inner = config.tp * config.cp * config.pp
+    num_devices = inner * config.dp if config.dp else math.lcm(inner, num_processes)
+    if num_devices % num_processes:
+        raise UserError(
+            f"{num_processes} processes cannot share the {num_devices} devices of mesh tp {config.tp} x cp {config.cp} x pp {config.pp} "
+            f"x dp {config.dp} equally: change the number of processes, or mesh.dp"
+        )
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
     if not chosen:
-        jax.config.update("jax_num_cpu_devices", config.tp * config.cp * config.pp * max(config.dp, 1))
+        jax.config.update("jax_num_cpu_devices", num_devices // num_processes)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all by default), with axes ("tp", "cp", "pp", "dp") in the paper's rank order.
+    """The mesh over `devices` (those of all processes by default), with axes ("tp", "cp", "pp", "dp") in the paper's rank order.
 
-    Raises UserError if the axes do not use every device exactly once.
+    Raises UserError if the axes do not use every device exactly once, or if tp leaves a host without `allow_tp_across_hosts`.
     """
-    devices = jax.devices() if devices is None else devices
+    grid = arrange(config, jax.devices() if devices is None else devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(config: MeshConfig, devices: list[jax.Device]) -> np.ndarray:
+    """The devices as [tp, cp, pp, dp]. Those of a process are neighbours: tp, which sends most, stays on a host, and dp, which can wait
+    longest, spans them. A process counts as a host. Raises UserError as `make_mesh`."""
     inner = config.tp * config.cp * config.pp
     dp = config.dp or len(devices) // inner
     if inner * dp != len(devices) or dp == 0:
@@ -59,8 +74,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh {asked} takes {inner * config.dp if config.dp else f'a multiple of {inner}'} devices and there are "
             f"{len(devices)}: change mesh.tp, mesh.cp, mesh.pp or mesh.dp so that their product is {len(devices)}"
         )
-    grid = np.array(devices).reshape(dp, config.pp, config.cp, config.tp)
-    return Mesh(grid.transpose(3, 2, 1, 0), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = sorted(devices, key=lambda device: device.process_index)
+    hosts = np.array([device.process_index for device in devices]).reshape(-1, config.tp)
+    if not config.allow_tp_across_hosts and (hosts != hosts[:, :1]).any():
+        in_host = int(np.bincount(hosts.ravel()).max())
+        raise UserError(
+            f"mesh.tp {config.tp} does not fit into the hosts, of {in_host} devices each: set mesh.tp to a divisor of {in_host} "
+            "and mesh.pp or mesh.dp higher, or mesh.allow_tp_across_hosts=true where hosts are linked as fast as the devices in them"
+        )
+    return np.array(devices).reshape(dp, config.pp, config.cp, config.tp).transpose(3, 2, 1, 0)
 
 
 def on_mesh(function, mesh: Mesh, in_specs, out_specs, compute_dtype, **options):

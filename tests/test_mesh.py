@@ -1,6 +1,7 @@
 """The mesh: the paper's order of ranks, what "whatever is left" means, and the sizes that are refused."""
 
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd_jax.errors import UserError
-from herd_jax.mesh import AXES, MeshConfig, fsdp_size, make_mesh, request_cpu_devices
+from herd_jax.mesh import AXES, MeshConfig, arrange, fsdp_size, make_mesh, request_cpu_devices
 
 SIZES = st.sampled_from([sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8])
 
@@ -63,6 +64,38 @@ def test_devices_that_do_not_divide(config, num_devices, words):
         make_mesh(config, jax.devices()[:num_devices])
     for word in (*words, "mesh.tp", "mesh.cp", "mesh.pp", "mesh.dp"):
         assert word in str(error.value)
+
+
+def fake_devices(num_hosts, in_host):
+    """Of several processes, in an order that is not theirs."""
+    return [types.SimpleNamespace(process_index=host, id=(host, i)) for i in range(in_host) for host in range(num_hosts)]
+
+
+def test_tp_inside_a_host_and_dp_outermost():
+    grid = arrange(MeshConfig(tp=4, cp=2, pp=2, dp=2), fake_devices(4, 8))
+    hosts = np.vectorize(lambda device: device.process_index)(grid)
+    np.testing.assert_array_equal(hosts, np.broadcast_to([[[[0, 2], [1, 3]]]], (4, 2, 2, 2)))  # a host: one pp rank of one dp rank
+    ranks = np.vectorize(lambda device: device.id[1])(grid)
+    np.testing.assert_array_equal(ranks[:, :, 0, 0], [[0, 4], [1, 5], [2, 6], [3, 7]])
+
+
+@pytest.mark.parametrize("tp, num_hosts, in_host", [(8, 2, 4), (16, 4, 8), (3, 3, 4)])
+def test_tp_across_hosts_only_if_asked_for(tp, num_hosts, in_host):
+    devices = fake_devices(num_hosts, in_host)
+    with pytest.raises(UserError, match=f"mesh.tp {tp} does not fit into the hosts, of {in_host} devices each.*allow_tp_across_hosts=true"):
+        arrange(MeshConfig(tp=tp), devices)
+    assert arrange(MeshConfig(tp=tp, allow_tp_across_hosts=True), devices).shape[0] == tp
+
+
+def test_processes_share_the_fake_devices(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: asked.append(value))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for config, num_processes in ((MeshConfig(tp=2, dp=4), 4), (MeshConfig(pp=4), 2), (MeshConfig(pp=2), 4), (MeshConfig(), 3)):
+        request_cpu_devices(config, num_processes)
+    assert asked == [2, 2, 1, 1]
+    with pytest.raises(UserError, match="3 processes cannot share the 4 devices"):
+        request_cpu_devices(MeshConfig(dp=4), 3)
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 0}, {"cp": -1}, {"pp": 0}, {"dp": -1}])

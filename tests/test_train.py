@@ -104,7 +104,7 @@ def final_state(workdir):
     steps = build_steps(config, make_mesh(MeshConfig(dp=1), jax.devices()[:1]))
     restored = checkpointer.restore(steps.plan.abstract_canonical())
     checkpointer.close()
-    assert restored.position == {"step": restored.step, "tokens": config.train.ramp.tokens_before(restored.step)}
+    assert restored.position.items() >= {"step": restored.step, "tokens": config.train.ramp.tokens_before(restored.step)}.items()
     leaves = jax.tree.leaves_with_path(restored.state)
     return restored.step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -205,7 +205,7 @@ def test_non_finite_loss(base, tmp_path):
     assert re.fullmatch(r"error: .* not finite at step 2 and the last good checkpoint is of step 1: .*\n", err), err
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
     assert final_state(tmp_path / "run")[0] == 1
-    run(base, tmp_path / "run", *ruin, "train.num_steps=5", "train.skip_nonfinite=true")
+    run(base, tmp_path / "run", *ruin, "train.num_steps=5", "train.on_spike=skip")
     assert [line.get("skipped_steps") for line in metrics(tmp_path / "run")] == [None, 1, 1, 1, 1]
     assert final_state(tmp_path / "run")[0] == 5
 

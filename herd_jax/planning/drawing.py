@@ -6,8 +6,8 @@ from string import ascii_lowercase
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.figure import figure_file
 from herd_jax.parallel.schedule import BACKWARD_INPUT, BACKWARD_LOWER, BACKWARD_UPPER, BACKWARD_WEIGHT, FORWARD, IDLE, Schedule
-from herd_jax.planning.figure import figure_file
 
 LINE_WIDTH = 120  # characters of a line of text
 GIB = 2**30

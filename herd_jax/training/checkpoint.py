@@ -7,52 +7,55 @@ sharding and deletes the steps that our preservation policy gives up. We add:
   and a checksum that does not depend on sharding, computed on the devices before saving and compared after restoring;
 - falling back: a checkpoint that cannot be read, or whose leaves differ from their checksums, is set aside and the one before
   is used, while a state that does not fit the model is the user's error and touches nothing;
-- errors that name the disk, not the library.
+- errors that name the disk, not the library, and a limit to every wait for another process (`storage.TIME_LIMIT_S`).
 Checksums find what changed; they do not repair. Bytes that no array needs (padding, the library's notes) may change unseen.
+What FSDP shards has no second copy whose checksum could be compared with it: a device that computes wrongly shows when a step is
+computed twice, not here.
 """
 
 import contextlib
 import dataclasses
-import functools
-import json
-import logging
 import math
 import os
 import shutil
-import sys
-import textwrap
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from herd_jax.errors import UserError
+from herd_jax.training import storage
+from herd_jax.training.checksums import checksums, held_here, leaf_types, sealed
+from herd_jax.training.storage import Unreadable
 
 PyTree = Any
-# Of the exceptions that reading raises (of any class, for damaged files), those that say nothing about the files.
-_NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)  # jax's own errors, such as device memory, are RuntimeErrors
-_NOT_DAMAGE_TEXTS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
-_MIN_CHUNK_BYTES = 1 << 20  # below it, a chunk's own cost shows
-_TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often to save (in steps) and how many of the newest checkpoints to keep; the best by validation loss is kept too."""
+    """How often to save (in steps) and how many of the newest checkpoints to keep; the best by validation loss is kept too.
+
+    `local_directory`, where given, is on each host's own fast disk or in its memory (/dev/shm): saved to every `local_every_steps`.
+    """
 
     every_steps: int = 100
     keep: int = 3
+    local_directory: str = ""
+    local_every_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep"):
+        for name in ("every_steps", "keep", "local_every_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}: set it to 1 or more")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint of the step is saved, in the durable directory or locally."""
+        return self.is_durable(step) or bool(self.local_directory) and step % self.local_every_steps == 0
+
+    def is_durable(self, step: int) -> bool:
+        return step % self.every_steps == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,48 +68,56 @@ class Restored:
     position: dict
 
 
-class _Unreadable(Exception):
-    """A checkpoint's files are damaged; the text says how, in brief."""
+class SaveFailed(UserError):
+    """A checkpoint could not be written; `what` says where and why. The next save may succeed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: mend that and give the same command again; the earlier checkpoints are intact")
+        self.what = what
 
 
 class Checkpointer:
     """The checkpoints under `directory`: the `keep` newest and the one with the lowest validation loss.
 
-    In a run of several processes each of them makes the same calls; the directory is on a file system that they share.
-    A reader (inference) may open the directory of a run that is still training: nothing is deleted before the first save.
+    In a run of several processes each of them makes the same calls; the directory is on a file system that they share, or, where
+    it is `private`, one of each process, with what its own devices hold. A reader (inference) may open the directory of a run that
+    is still training: nothing is deleted before the first save.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int) -> None:
+    def __init__(self, directory: str | os.PathLike, keep: int, private: bool = False) -> None:
         self.directory = Path(directory).absolute()
-        _report_each_error_once()
-        self._policy = _NewestAndBest(keep, val_losses={})
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True, preservation_policy=self._policy),
-        )
-        self._saved = False
+        self.private = private
+        storage.report_each_error_once()
+        self._policy = storage.NewestAndBest(self.directory, keep)
+        self._manager = storage.make_manager(self.directory, private, self._policy, self._note_written)
+        self._is_prepared = False
+        self._step = 0  # of the last save
+        self.is_saving = False
 
     def save(self, step: int, state: PyTree, config: dict, position: dict, val_loss: float | None = None) -> None:
         """Starts saving `state` (jax.Array leaves) and returns once it is copied: the arrays may be donated at once.
 
-        `config` and `position` are json-able. Waits for a save still under way. Raises UserError where that one, or this one,
+        `config` and `position` are json-able. Waits for a save still under way. Raises SaveFailed where that one, or this one,
         cannot be written; the earlier checkpoints are then intact.
         """
+        self.wait()  # before the checksums, which wait for all: so no process begins a save before all have finished the one before
         val_loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-        self._policy.val_losses[step] = val_loss
         record = {"config": config, "position": position, "val_loss": val_loss}
-        record |= {"leaves": _leaf_types(state), "checksums": _checksums(state)}
+        record |= {"leaves": leaf_types(state), "checksums": checksums(state), "held": held_here(state) if self.private else None}
         with self._writing():
-            if not self._saved:
+            if not self._is_prepared:
                 self._prepare_directory()
-            state_args = ocp.args.StandardSave(state, jax.tree.map(_save_args, state))
-            items = ocp.args.Composite(state=state_args, record=ocp.args.JsonSave(_sealed(record)))
-            self._manager.save(step, args=items, force=True)
-        self._saved = True
+            self._step = step
+            self._policy.val_losses[step] = val_loss
+            self._policy.sizes.pop(step, None)
+            state_args = storage.state_to_save(state, self.private)
+            self.is_saving = True
+            self._manager.save(step, args=ocp.args.Composite(state=state_args, record=ocp.args.JsonSave(sealed(record))), force=True)
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints are completely written, oldest first."""
-        return sorted(ocp.path.step.checkpoint_steps(self.directory))
+        """The steps whose checkpoints are completely written (by all processes, where they are private), oldest first."""
+        steps = sorted(ocp.path.step.checkpoint_steps(self.directory))
+        return storage.on_all(steps) if self.private else steps
 
     def config(self) -> dict | None:
         """The run config stored with the newest checkpoint whose record is readable; None where there is none."""
@@ -115,11 +126,7 @@ class Checkpointer:
 
     def newest(self) -> tuple[Path, dict] | None:
         """Of the newest checkpoint whose record is readable: the directory in which Orbax has its state, and the record."""
-        self.wait()
-        for step in reversed(self.steps()):
-            with contextlib.suppress(_Unreadable):  # restore() names it and sets it aside
-                return self.directory / str(step) / "state", self._read_record(step)
-        return None
+        return newest_record([self])
 
     def restore(self, abstract_state: PyTree) -> Restored | None:
         """Reads the newest readable checkpoint onto the shardings of `abstract_state` (leaves: ShapeDtypeStruct with sharding).
@@ -128,161 +135,152 @@ class Checkpointer:
         warning each. Raises UserError where none is readable (then nothing is renamed) or where the saved state has other leaves,
         shapes or dtypes than `abstract_state`.
         """
-        self.wait()
-        for path in sorted(self.directory.glob(f"*{_TEMPORARY}*")):
-            _warn(f"the checkpoint of step {path.name.split('.')[0]} is half-written (its save did not finish): it is ignored")
-        damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            try:
-                restored = self._read(step, abstract_state)
-            except _Unreadable as error:
-                damaged[step] = str(error)
-                continue
-            for damaged_step, reason in damaged.items():
-                aside = self._set_aside(damaged_step)
-                _warn(f"the checkpoint of step {damaged_step} is unreadable ({reason}): moved to {aside}, using step {step}")
-            return restored
-        for step, reason in damaged.items():
-            remedy = "bring back a good copy, or move the directory away to start anew"
-            raise UserError(f"no checkpoint in {self.directory} is readable (step {step}: {reason}): {remedy}")
-        return None
+        return restore_newest([self], abstract_state)
 
     def wait(self) -> None:
-        """Returns when no save is under way; raises UserError where the last one could not be written."""
-        with self._writing():
-            self._manager.wait_until_finished()
+        """Returns when no save is under way; raises SaveFailed where the last one could not be written."""
+        if self.is_saving:
+            with self._writing():
+                self._manager.wait_until_finished()
+            self.is_saving = False
 
     def close(self) -> None:
-        """Waits as `wait` does, then releases the background threads."""
+        """Waits for this process's part of a save, then releases the background threads; raises SaveFailed as `wait` does.
+
+        Without the other processes: where an error ended this one, they may never come.
+        """
         try:
-            self.wait()
+            with self._writing(alone=True):
+                self._manager.wait_until_finished()
         finally:
-            self._manager.close()  # does not raise again what wait() raised
+            self.is_saving = False
+            self._manager.close()  # does not raise again what was raised
 
-    def _prepare_directory(self) -> None:
-        """Before the first save: makes the directory, removes interrupted saves, reads which earlier step is the best."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for path in self.directory.glob(f"*{_TEMPORARY}*"):
-                shutil.rmtree(path)
-        for step in self.steps():
-            with contextlib.suppress(_Unreadable):  # it cannot be called the best
-                self._policy.val_losses[step] = self._read_record(step)["val_loss"]
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns the disk's errors, of this save or of the one in the background, into a UserError."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            text = str(error)
-            if not isinstance(error, OSError) and "os_error_code" not in text:
-                raise
-            self._manager.reload()  # forget the failed step, remember those that its success would have deleted
-            reason = "no space is left" if "No space left" in text or "quota exceeded" in text else _brief(error)
-            raise UserError(
-                f"cannot write a checkpoint in {self.directory} ({reason}): mend that and give the same command again;"
-                " the earlier checkpoints are intact"
-            ) from error
-
-    def _read(self, step: int, abstract_state: PyTree) -> Restored:
-        """The checkpoint of `step`, verified; all processes find the same."""
-        record = self._read_record(step)
+    def read(self, step: int, abstract_state: PyTree) -> Restored:
+        """The checkpoint of `step`, verified, or Unreadable; all processes find the same."""
+        record = self.read_record(step)
+        if storage.on_any(self.private and record["held"] != held_here(abstract_state), "reading a checkpoint"):
+            raise Unreadable("other parts of the state belonged to this process")
         _require_same_leaves(step, record["leaves"], abstract_state)
-        with _reading():
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
-        for name, checksum in _checksums(state).items():
+        with storage.reading():
+            state_args = storage.state_to_restore(abstract_state, self.private)
+            state = self._manager.restore(step, args=ocp.args.Composite(state=state_args)).state
+        for name, checksum in checksums(state).items():
             if checksum != record["checksums"][name]:
-                raise _Unreadable(f"the data of {name} changed since it was saved")
+                raise Unreadable(f"the data of {name} changed since it was saved")
         return Restored(step, state, record["config"], record["position"])
 
-    def _read_record(self, step: int) -> dict:
-        with _reading():
-            sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-            if _sealed(sealed["record"]) != sealed:
+    def read_record(self, step: int) -> dict:
+        """What is stored beside the state of `step`, or Unreadable."""
+        with storage.reading():
+            stored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+            if sealed(stored["record"]) != stored:
                 raise ValueError("its record changed since it was saved")
-            return sealed["record"]
+            return stored["record"]
 
-    def _set_aside(self, step: int) -> Path:
-        """Renames the step's directory, so that the same step can be saved again."""
+    def set_aside(self, step: int) -> str:
+        """Renames the step's directory, or deletes it where it is private; says which. The same step can be saved again."""
         aside = self.directory.with_name(f"{self.directory.name}.corrupt-{step}")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.again")
-        if jax.process_index() == 0:
+        storage.wait_for_all("setting a checkpoint aside")
+        if self.private:
+            shutil.rmtree(self.directory / str(step))
+        elif jax.process_index() == 0:
             (self.directory / str(step)).rename(aside)
-        multihost_utils.sync_global_devices(f"checkpoint of step {step} set aside")
+        storage.wait_for_all("setting a checkpoint aside")
         self._manager.reload()
-        return aside
+        return "deleted" if self.private else f"moved to {aside}"
+
+    def delete_after(self, step: int) -> None:
+        """Deletes this process's private checkpoints of later steps, which the run is going to take anew."""
+        assert self.private
+        for later in (later for later in ocp.path.step.checkpoint_steps(self.directory) if later > step):
+            shutil.rmtree(self.directory / str(later))
+        self._manager.reload()
+
+    def _note_written(self) -> None:
+        self._policy.note_written(self._step)
+
+    def _prepare_directory(self) -> None:
+        """Makes the directory, removes interrupted saves, reads which earlier step is the best."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.private or jax.process_index() == 0:
+            for path in self.directory.glob(f"*{storage.TEMPORARY}*"):
+                shutil.rmtree(path)
+        for step in self.steps():
+            if step not in self._policy.sizes:
+                self._policy.note_written(step)
+            with contextlib.suppress(Unreadable):  # it cannot be called the best
+                self._policy.val_losses[step] = self.read_record(step)["val_loss"]
+        self._is_prepared = True
+
+    @contextlib.contextmanager
+    def _writing(self, alone: bool = False) -> Iterator[None]:
+        """Turns the disk's errors, of this save or of the one in the background, into SaveFailed, on every process (or `alone`)."""
+        failure = None
+        try:
+            with storage.within_time("saving a checkpoint"):
+                yield
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            failure = error
+        if not (failure if alone else storage.on_any(failure is not None, "saving a checkpoint")):
+            return
+        self.is_saving = False
+        self._manager.reload()  # forget the failed step, remember those that its success would have deleted
+        self._is_prepared = False  # what it wrote is in the way of the next one
+        raise SaveFailed(f"cannot write a checkpoint in {self.directory} ({_reason(failure)})") from failure
 
 
-@dataclasses.dataclass
-class _NewestAndBest:
-    """Orbax's PreservationPolicy: keeps the newest `keep` and the one with the lowest validation loss (the later of two equals).
+def newest_record(checkpointers: Sequence[Checkpointer]) -> tuple[Path, dict] | None:
+    """Of the newest checkpoint of all whose record is readable: the directory in which Orbax has its state, and the record."""
+    for step, checkpointer in _newest_first(checkpointers):
+        with contextlib.suppress(Unreadable):  # restore_newest() names it and sets it aside
+            return checkpointer.directory / str(step) / "state", checkpointer.read_record(step)
+    return None
 
-    Orbax's own BestN has its metrics read when the manager is made, where one damaged file would raise for all steps.
+
+def restore_newest(checkpointers: Sequence[Checkpointer], abstract_state: PyTree, last_step: float = math.inf) -> Restored | None:
+    """`Checkpointer.restore` over several, of which the first is asked first for a step that more than one has; none after `last_step`.
+
+    Private checkpoints that cannot be used never end a run that has lost nothing else: without others, it starts anew (None).
     """
-
-    keep: int
-    val_losses: dict[int, float | None]
-
-    def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        evaluated = [step for step in steps if self.val_losses.get(step) is not None]
-        best = min(evaluated, key=lambda step: (self.val_losses[step], -step), default=None)
-        return [step == best or step in steps[-self.keep :] for step in steps]
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Turns the errors of damaged files into _Unreadable, on every process where one process met them."""
-    damage = None
-    try:
-        yield
-    except Exception as error:
-        damage = error.__cause__ or error  # the storage layer's error, where Orbax wraps it in one of its own
-        if isinstance(damage, _NOT_DAMAGE) or any(text in str(damage) for text in _NOT_DAMAGE_TEXTS):
-            raise
-    if multihost_utils.process_allgather(np.array(damage is not None)).any():
-        raise _Unreadable(_brief(damage) if damage else "another process cannot read it") from damage
-
-
-def _save_args(array: jax.Array) -> ocp.SaveArgs:
-    """A layer of a stack becomes a chunk of its own, to be read without the others; a row of a matrix is too small for one."""
-    row_shape = array.sharding.shard_shape(array.shape)[1:]
-    is_stack = math.prod(row_shape) * array.dtype.itemsize >= _MIN_CHUNK_BYTES
-    return ocp.SaveArgs(shard_axes=(0,) if is_stack else ())
+    candidates = [(step, checkpointer) for step, checkpointer in _newest_first(checkpointers) if step <= last_step]
+    for checkpointer in checkpointers:
+        for path in sorted(checkpointer.directory.glob(f"*{storage.TEMPORARY}*")):
+            step = path.name.split(".")[0]
+            storage.warn(f"the checkpoint of step {step} is half-written (its save did not finish): it is ignored")
+    restored, damaged = None, []
+    for step, checkpointer in candidates:
+        try:
+            restored = checkpointer.read(step, abstract_state)
+            break
+        except Unreadable as error:
+            damaged.append((step, checkpointer, str(error)))
+    if restored is None:
+        for step, checkpointer, reason in damaged:
+            if not checkpointer.private:
+                remedy = "bring back a good copy, or move the directory away to start anew"
+                raise UserError(f"no checkpoint in {checkpointer.directory} is readable (step {step}: {reason}): {remedy}")
+    for step, checkpointer, reason in damaged:
+        done = checkpointer.set_aside(step)
+        instead = f"using step {restored.step}" if restored else "starting anew"
+        storage.warn(f"the checkpoint of step {step} is unreadable ({reason}): {done}, {instead}")
+    return restored
 
 
-def _leaf_types(state: PyTree) -> dict[str, str]:
-    """Leaf name -> dtype and shape, such as "float32[4, 8]", in the order of the pytree; the leaves may be abstract."""
-    return {
-        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def _checksums(state: PyTree) -> dict[str, int]:
-    checksums = [_checksum(leaf) for leaf in jax.tree.leaves(state)]
-    return dict(zip(_leaf_types(state), (int(checksum) for checksum in checksums), strict=True))
-
-
-@jax.jit
-def _checksum(array: jax.Array) -> jax.Array:
-    """A uint32: the sum, modulo 2**32, of each element's bits times an odd number made of its index.
-
-    Addition has no order, so the sharding does not matter; the odd factor makes each change of one element count, and most swaps.
-    """
-    assert array.dtype.itemsize in (1, 2, 4) and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key), array.dtype
-    unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-    bits = array.astype(unsigned) if array.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(array, unsigned)
-    index = jnp.zeros(array.shape, jnp.uint32)
-    for dim, size in enumerate(array.shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+def _newest_first(checkpointers: Sequence[Checkpointer]) -> list[tuple[int, Checkpointer]]:
+    for checkpointer in checkpointers:
+        checkpointer.wait()
+    found = [(step, checkpointer) for checkpointer in checkpointers for step in checkpointer.steps()]
+    return sorted(found, key=lambda pair: -pair[0])  # stable
 
 
 def _require_same_leaves(step: int, saved: dict[str, str], abstract_state: PyTree) -> None:
     """Raises UserError naming the first leaf that the checkpoint and the model do not share."""
-    wanted = _leaf_types(abstract_state)
+    wanted = leaf_types(abstract_state)
     for name in [*wanted, *saved]:
         have, want = saved.get(name, "absent"), wanted.get(name, "absent")
         if have != want:
@@ -292,35 +290,11 @@ def _require_same_leaves(step: int, saved: dict[str, str], abstract_state: PyTre
             )
 
 
-def _sealed(record: dict) -> dict:
-    """The record as JSON gives it back, and a checksum of its text."""
-    text = json.dumps(record, sort_keys=True)
-    return {"record": json.loads(text), "crc32": zlib.crc32(text.encode())}
-
-
-def _brief(error: BaseException) -> str:
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return textwrap.shorten(first_line, width=120, placeholder="...")
-
-
-def _warn(text: str) -> None:
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr)
-
-
-@functools.cache
-def _report_each_error_once() -> None:
-    """Silences the echoes of errors that Orbax also raises: its log of them, and the reads in flight when one of them failed."""
-    report = sys.unraisablehook
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
-
-    def report_news(unraisable: Any) -> None:
-        source = getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
-        if "orbax" not in source and str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    logging.getLogger("absl").addFilter(is_news)
-    logging.getLogger("asyncio").addFilter(is_news)
-    sys.unraisablehook = report_news
+def _reason(failure: BaseException | None) -> str:
+    if failure is None:
+        return "another process could not"
+    if isinstance(failure, TimeoutError):
+        return f"it took longer than {storage.TIME_LIMIT_S} s, or another process did not finish"
+    if "No space left" in str(failure) or "quota exceeded" in str(failure):
+        return "no space is left"
+    return storage.brief(failure)

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,16 +13,22 @@ import numpy as np
 from herd_jax.config import to_dict
 from herd_jax.data.batches import TrainingBatches, validation_batches
 from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
-from herd_jax.errors import UserError
+from herd_jax.errors import StartAgain, UserError
 from herd_jax.hardware import peak_flops
 from herd_jax.mesh import make_mesh
 from herd_jax.models.params import count
 from herd_jax.text.tokenizer import Tokenizer
-from herd_jax.training.checkpoint import Checkpointer
+from herd_jax.training.compilation import kept_compilations
+from herd_jax.training.goodput import read_goodput
 from herd_jax.training.metrics import Console, MetricsWriter
+from herd_jax.training.numerics import Numerics
+from herd_jax.training.pulse import OWN_TIMES, Pulse, Signals, Stragglers, host_names
 from herd_jax.training.run import RunConfig, build_steps, contradictions
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
+from herd_jax.training.tiers import TieredCheckpointer
+from herd_jax.training.timeline import Timeline
+from herd_jax.training.watchdog import Watchdog
 
 
 class Initial(Protocol):
@@ -40,8 +44,10 @@ class Initial(Protocol):
 def train(config: RunConfig, initial: Initial | None = None) -> None:
     """Trains from the newest checkpoint in the workdir, or from `initial` weights, or from random ones, to `train.num_steps`.
 
-    Raises UserError for anything in the config, the data, the checkpoints or the losses that the user has to mend.
+    Raises UserError for anything in the config, the data, the checkpoints or the losses that the user has to mend, and for a Ctrl-C;
+    StartAgain where a signal of the scheduler (SIGTERM, SIGUSR1) ended it. After both the run has saved and the same command continues it.
     """
+    start = time.time()
     mesh = make_mesh(config.mesh)
     steps = build_steps(config, mesh)
     streams, held_out = open_streams(config.data, "train"), open_streams(config.data, "validation")
@@ -53,21 +59,35 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
     tokenizer.save(workdir / "tokenizer")
     if initial:
         initial.check_tokenizer(tokenizer)
-    checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
-    try:
-        state, first_step = restore(checkpointer, config, steps, initial)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals().noted())
+        stack.enter_context(kept_compilations(workdir, config.train.compilation_cache))
+        timeline = Timeline(workdir, start)
+        stack.callback(timeline.close)
+        stack.enter_context(Watchdog(config.train.watchdog, timeline, workdir))
+        checkpointer = TieredCheckpointer(workdir / "checkpoints", config.checkpoint)
+        stack.callback(checkpointer.close)
+        state, position = restore(checkpointer, config, steps, initial)
+        first_step = position["step"]
+        timeline.begin(first_step)
         writer = MetricsWriter(workdir, first_step)
-        with Console(config.train.num_steps) as console:
-            console.message(describe(config, steps, sum(stream.num_tokens for stream in streams), first_step))
-            run = _Run(config, steps, checkpointer, writer, console, held_out)
-            run.train(state, first_step, batches)
-        writer.close()
-    finally:
-        checkpointer.close()
+        stack.callback(writer.close)
+        console = stack.enter_context(Console(config.train.num_steps))
+        console.message(describe(config, steps, sum(stream.num_tokens for stream in streams), first_step))
+        numerics = Numerics(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
+        run = _Run(config, steps, checkpointer, writer, console, held_out, timeline, signals, numerics, initial)
+        run.train(state, first_step, batches)
+        timeline.enter("checkpoint stall")
+        checkpointer.wait()
+        timeline.enter("checkpoint stall")
+        if jax.process_index() == 0:
+            console.message("\n".join(read_goodput(workdir).lines()))
 
 
-def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps, initial: Initial | None = None) -> tuple[State, int]:
-    """The newest readable state and the number of steps it has taken, else a fresh one, with the `initial` weights if there are any."""
+def restore(
+    checkpointer: TieredCheckpointer, config: RunConfig, steps: Steps, initial: Initial | None = None, last_step: float = math.inf
+) -> tuple[State, dict]:
+    """The newest readable state not after `last_step` and its position, else a fresh one, with the `initial` weights if there are any."""
     newest = checkpointer.newest()
     if newest is not None:
         _, saved = newest
@@ -77,11 +97,11 @@ def restore(checkpointer: Checkpointer, config: RunConfig, steps: Steps, initial
                 f"the checkpoints in {config.workdir} were made with other values of {', '.join(wrong)}: "
                 "give the values they were made with, or another workdir"
             )
-    restored = checkpointer.restore(steps.plan.abstract_canonical())
+    restored = checkpointer.restore(steps.plan.abstract_canonical(), last_step)
     if restored is None:
         fresh = steps.plan.init(config.seed)
-        return (fresh._replace(params=initial.load_params(steps)) if initial else fresh), 0
-    return steps.plan.from_canonical(restored.state), restored.step
+        return (fresh._replace(params=initial.load_params(steps)) if initial else fresh), {"step": 0}
+    return steps.plan.from_canonical(restored.state), restored.position
 
 
 def describe(config: RunConfig, steps: Steps, num_tokens: int, first_step: int) -> str:
@@ -94,87 +114,161 @@ def describe(config: RunConfig, steps: Steps, num_tokens: int, first_step: int) 
     )
 
 
-@contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Collects a Ctrl-C instead of raising it, which could strike after a step has taken the state and before it has given it back.
+@dataclasses.dataclass
+class _UnderWay:
+    """The step that the devices were given at `start` (of time.perf_counter)."""
 
-    The second one raises.
-    """
-    seen: list[int] = []
+    step: int
+    metrics: dict
+    start: float
+    compiled: bool
 
-    def note(number, frame):
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def is_done(self) -> bool:
+        return self.metrics["loss"].is_ready()
 
 
 @dataclasses.dataclass
 class _Run:
     config: RunConfig
     steps: Steps
-    checkpointer: Checkpointer
+    checkpointer: TieredCheckpointer
     writer: MetricsWriter
     console: Console
     held_out: list
+    timeline: Timeline
+    signals: Signals
+    numerics: Numerics
+    initial: Initial | None
+    num_skipped: int = 0  # since the last look
+    leave_out: dict[int, int] = dataclasses.field(default_factory=dict)  # after which step which batches: until that of the second step
+    last_done: float = 0.0  # when the devices finished a step (of time.perf_counter)
 
     def train(self, state: State, first_step: int, batches: TrainingBatches) -> None:
-        config, ramp, num_steps = self.config, batches.ramp, self.config.train.num_steps
+        config, ramp, num_steps, timeline = self.config, batches.ramp, self.config.train.num_steps, self.timeline
         if first_step >= num_steps:
             self.console.message(f"nothing to do: {first_step} steps are done and train.num_steps is {num_steps}")
             return
         self.peak = peak_flops(jax.local_devices()[0], jax.local_device_count())
+        pulse, stragglers = Pulse(self.steps.layout.mesh), Stragglers(host_names())
+        own_times = dict.fromkeys(OWN_TIMES, 0.0)  # of the step under way
         pending: list[dict] = []  # metrics of the steps since the last look at them, still on their way
         waited, since = 0.0, time.perf_counter()
         iterator = batches.iterate(first_step)
-        step = saved = first_step
-        with interrupts() as interrupted:
-            while step < num_steps and not interrupted:
-                start = time.perf_counter()
-                batch = next(iterator).to_devices(self.steps.batch_sharding)
-                waited += time.perf_counter() - start
+        step = saved = first_step  # saved: durably
+        compiled: set[tuple] = set()  # shapes of batches
+        under_way: _UnderWay | None = None  # the devices have a step while this process prepares the next
+        while step < num_steps:
+            if step in self.leave_out:
+                last_bad = self.leave_out.pop(step)
+                state, iterator = self.numerics.leave_out(state, step + 1, last_bad), batches.iterate(last_bad)
+                step = last_bad
+                continue
+            timeline.enter("input wait", step)
+            batch = next(iterator).to_devices(self.steps.batch_sharding)
+            hidden = under_way is not None and not under_way.is_done()
+            if hidden:
+                timeline.rename("step")
+            compiles = batch["tokens"].shape not in compiled
+            input_seconds = timeline.enter("compile" if compiles else "step")
+            waited += input_seconds
+            own_times["input"] = 0.0 if hidden else input_seconds
+            sent = pulse.send(self.signals.seen, list(own_times.values()))
+            if compiles and (beat := pulse.read(sent)).stop:
+                break  # rather than compile first
+            own_times, start = dict.fromkeys(OWN_TIMES, 0.0), time.perf_counter()
+            if self.numerics.limits_steps:
+                state, metrics = self.steps.train_within(state, batch, self.numerics.limits(step + 1))
+            else:
                 state, metrics = self.steps.train(state, batch)
-                pending.append(metrics)
-                step += 1
-                last = step == num_steps
-                evaluates = last or step % config.eval.every_steps == 0
-                saves = last or step % config.checkpoint.every_steps == 0
-                if not (evaluates or saves or step % config.log.every_steps == 0 or step == first_step + 1):
-                    continue
+            own_times["own work"] = 0.0 if compiles else time.perf_counter() - start
+            pending.append(metrics)
+            step += 1
+            wrong = self.finish(under_way) if under_way else None
+            beat = pulse.read(sent)
+            stragglers.add(beat)
+            bad_step, under_way = step - 1, _UnderWay(step, metrics, start, compiles)
+            compiled.add(batch["tokens"].shape)
+            last = step == num_steps
+            evaluates = last or step % config.eval.every_steps == 0
+            saves = last or config.checkpoint.is_due(step)
+            looks = evaluates or saves or step % config.log.every_steps == 0 or step == first_step + 1
+            if wrong is None and (looks or compiles or beat.stop):
+                wrong, bad_step, under_way = self.finish(under_way), step, None
+            if wrong:
+                state, step = self.rewind(state, wrong, bad_step)
+                saved, under_way, iterator = step, None, batches.iterate(step)
+                pending, waited, since = [], 0.0, time.perf_counter()
+            elif looks:
                 values = self.look(pending, step, since, waited)
-                val_loss = self.evaluate(state, ramp.phase_at(step - 1), values) if evaluates else None
+                val_loss = self.evaluate(state, ramp.phase_at(step - 1), values, step) if evaluates else None
                 self.writer.write(step, values)
                 self.console.update(step, values)
+                for line in stragglers.report(values["step_time_s"]):
+                    self.console.message(line)
                 if saves:
-                    self.save(state, step, val_loss)
-                    saved = step
+                    durable = last or config.checkpoint.is_durable(step)
+                    own_times["checkpoint"] = self.save(state, step, val_loss, durable)
+                    saved = step if durable else saved
                 pending, waited, since = [], 0.0, time.perf_counter()
-            if step < num_steps:
-                if pending:
-                    self.look(pending, step, since, waited)
-                if step > saved:
-                    self.save(state, step, None)
-                raise UserError(f"interrupted after step {step}: the same command continues there")
+            if beat.stop:
+                break
+        if under_way and self.finish(under_way):
+            saved = step  # not to be saved: the next start finds it bad too, and rewinds
+        if step > saved:
+            self.save(state, step, None)
+        if step < num_steps:
+            if beat.start_again:
+                raise StartAgain(f"stopped after step {step} and saved: the same command continues there")
+            raise UserError(f"interrupted after step {step}: the same command continues there")
 
-    def look(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
-        """Waits for the steps since the last look; their metrics, or UserError where a loss was not finite."""
-        finite = self.is_finite(pending)
-        elapsed = time.perf_counter() - since
-        ramp, first = self.config.train.ramp, step - len(pending)
-        if not all(finite) and not self.config.train.skip_nonfinite:
-            bad = first + finite.index(False) + 1
+    def finish(self, under_way: _UnderWay) -> str | None:
+        """Waits for a step; what is wrong with it where the run has to rewind. Raises UserError where the run has to stop."""
+        jax.block_until_ready(under_way.metrics["loss"])
+        before, self.last_done = self.last_done, time.perf_counter()
+        self.timeline.step_done(None if under_way.compiled else self.last_done - max(under_way.start, before))
+        step, wrong = under_way.step, self.numerics.judge(under_way.step, under_way.metrics)
+        if wrong and self.numerics.on_spike == "stop":
             self.checkpointer.wait()
             good = self.checkpointer.steps()
             last_good = f"the last good checkpoint is of step {good[-1]}" if good else "there is no checkpoint yet"
             raise UserError(
-                f"the loss or its gradient is not finite at step {bad} and {last_good}: lower optimizer.peak_learning_rate, "
-                "or set train.skip_nonfinite=true to leave such batches out"
+                f"the loss or its gradient is {wrong} and {last_good}: lower optimizer.peak_learning_rate, "
+                "or set train.on_spike=skip or rewind to leave such batches out"
             )
+        if wrong and self.numerics.on_spike == "skip":
+            self.numerics.note_skipped(step, step)
+            self.num_skipped += 1
+            return None
+        return wrong
+
+    def rewind(self, state: State, wrong: str, bad_step: int) -> tuple[State, int]:
+        """An earlier state and its step; the batches from the last regular checkpoint to `bad_step` will be left out.
+
+        Which ones does not depend on checkpoints that an interruption made. Raises UserError where no checkpoint is early enough.
+        """
+        target = (bad_step - 1) // self.config.checkpoint.every_steps * self.config.checkpoint.every_steps
+        self.numerics.rewind_to(target, wrong)
+        self.timeline.enter("checkpoint stall", bad_step)
+        jax.tree.map(lambda array: array.delete(), state)  # there may be no room for two
+        self.checkpointer.wait()
+        state, position = restore(self.checkpointer, self.config, self.steps, self.initial, last_step=target)
+        if target and not position["step"]:
+            raise UserError(
+                f"the loss or its gradient is {wrong} and no checkpoint of step {target} or before is left: raise checkpoint.keep, "
+                "or set train.on_spike=skip"
+            )
+        self.numerics.load(position)
+        self.leave_out[target] = bad_step
+        self.num_skipped += bad_step - target
+        left_out = f"the batches of steps {target + 1} to {bad_step} are left out"
+        self.console.message(f"the loss or its gradient is {wrong}: back to step {target}, {left_out}")
+        self.timeline.begin(position["step"])
+        return state, position["step"]
+
+    def look(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
+        """The metrics of the steps since the last look, which are done."""
+        elapsed = time.perf_counter() - since
+        ramp, first = self.config.train.ramp, step - len(pending)
         tokens = ramp.tokens_before(step)
         rate = (tokens - ramp.tokens_before(first)) / elapsed
         keys_seen = ramp.phase_at(step - 1).seq_len / 2  # causally over whole rows; documents may need less
@@ -183,16 +277,13 @@ class _Run:
         values = {name: float(newest[name]) for name in ("loss", "grad_norm", "learning_rate")}
         values |= {"tokens": tokens, "tokens_per_second": rate, "mfu": flops / self.peak if self.peak else None}
         values |= {"step_time_s": elapsed / len(pending), "input_wait_fraction": waited / elapsed}
-        if not all(finite):
-            values["skipped_steps"] = finite.count(False)
+        if self.num_skipped:
+            values["skipped_steps"], self.num_skipped = self.num_skipped, 0
         return values
 
-    @staticmethod
-    def is_finite(pending: list[dict]) -> list[bool]:
-        return [bool(metrics["finite"]) for metrics in pending]
-
-    def evaluate(self, state: State, phase, values: dict) -> float:
+    def evaluate(self, state: State, phase, values: dict, step: int) -> float:
         """Validation loss in nats per token, written into `values` together with bits per byte (at the split's mean bytes a token)."""
+        self.timeline.enter("evaluation", step)
         found = [
             self.steps.evaluate(state.params, batch.to_devices(self.steps.batch_sharding))
             for batch in validation_batches(self.config.data, self.held_out, phase, self.config.eval.num_batches, self.steps.batch_sharding)
@@ -203,6 +294,9 @@ class _Run:
         values |= {"val_loss": val_loss, "val_bits_per_byte": val_loss * tokens_per_byte / math.log(2)}
         return val_loss
 
-    def save(self, state: State, step: int, val_loss: float | None) -> None:
-        position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step)}
-        self.checkpointer.save(step, self.steps.plan.to_canonical(state), to_dict(self.config), position, val_loss)
+    def save(self, state: State, step: int, val_loss: float | None, durable: bool = True) -> float:
+        """Returns once the state is copied; the seconds that this took."""
+        self.timeline.enter("checkpoint stall", step)
+        position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step)} | self.numerics.record()
+        canonical = self.steps.plan.to_canonical(state)
+        return self.checkpointer.save(step, canonical, to_dict(self.config), position, val_loss, durable=durable)

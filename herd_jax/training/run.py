@@ -1,6 +1,7 @@
 """The configuration of a run: what each room owns, put together, and the checks that need more than one room."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -16,9 +17,11 @@ from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training.checkpoint import CheckpointConfig
+from herd_jax.training.numerics import ON_SPIKE
 from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
 from herd_jax.training.state import StatePlan
 from herd_jax.training.step import Steps
+from herd_jax.training.watchdog import WatchdogConfig
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -46,13 +49,24 @@ class TrainConfig:
     attention: str = "auto"  # auto | dense | blockwise | tokamax | cudnn
     remat: str = "none"  # none | attention | layer: what the backward recomputes
     gather: str = "step"  # step | layer: how often FSDP gathers the weights
-    skip_nonfinite: bool = False  # go on after a step whose loss is not finite (such a step never changes the weights)
+    on_spike: str = "stop"  # stop | skip | rewind, where the loss or its gradient is not finite or a spike (herd_jax/training/numerics.py)
+    spike_factor: float = math.inf  # a spike is above the median + so many interquartile ranges; inf: only what is not finite
+    spike_window: int = 100  # of so many steps
+    watchdog: WatchdogConfig = WatchdogConfig()
+    compilation_cache: bool = True  # compiled programs are kept in the workdir
 
     def __post_init__(self):
         if self.num_steps < 1:
             raise UserError(f"train.num_steps is {self.num_steps}: it must be 1 or more")
         if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
             raise UserError(f"train.compute_dtype is '{self.compute_dtype}': it must be one of auto, {', '.join(COMPUTE_DTYPES)}")
+
+        if self.on_spike not in ON_SPIKE:
+            raise UserError(f"train.on_spike is '{self.on_spike}': it must be one of {', '.join(ON_SPIKE)}")
+        if not self.spike_factor > 0:
+            raise UserError(f"train.spike_factor is {self.spike_factor}: it must be more than 0 (inf: only what is not finite)")
+        if self.spike_window < 4:
+            raise UserError(f"train.spike_window is {self.spike_window}: it must be 4 or more, to have quartiles")
 
     @property
     def ramp(self) -> Ramp:

@@ -46,6 +46,12 @@ class Steps:
         return self._jit(self._train, (self.plan.specs, self._batch_specs), (self.plan.specs, PartitionSpec()), donate_argnums=0)
 
     @functools.cached_property
+    def train_within(self):
+        """(state, batch, limits) -> as `train`; a loss or a norm of the gradient above limits (float32 [2]) counts as not finite."""
+        in_specs = (self.plan.specs, self._batch_specs, PartitionSpec())
+        return self._jit(self._train, in_specs, (self.plan.specs, PartitionSpec()), donate_argnums=0)
+
+    @functools.cached_property
     def evaluate(self):
         """(params, batch) -> {"loss": sum of token losses in nats, "num_targets": their number}."""
         return self._jit(self._evaluate, (self.plan.specs.params, self._batch_specs), PartitionSpec())
@@ -66,13 +72,14 @@ class Steps:
     def _jit(self, function, in_specs, out_specs, **options):
         return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.compute_dtype, **options)
 
-    def _train(self, state: State, batch: dict) -> tuple[State, dict]:
+    def _train(self, state: State, batch: dict, limits: jax.Array | float = jnp.inf) -> tuple[State, dict]:
         loss, gradients = self._gradient(state.params, batch)
         norm = global_norm(gradients, self.plan.specs.params, self.layout.mesh)
         updates, optimizer = self.plan.optimizer.update(clip(gradients, norm, self.optimizer.clip_norm), state.optimizer, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        params = jax.tree.map(lambda p, u: jnp.where(finite, p + u, p), state.params, updates)
+        good = finite & jnp.all(jnp.stack([loss, norm]) <= limits)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
         rate = learning_rate(self.optimizer)(state.step + 1)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "finite": finite}
         return State(state.step + 1, params, keep(optimizer, state.optimizer)), metrics

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from herd_jax.errors import UserError
-from herd_jax.training import checkpoint
+from herd_jax.training import checksums
 from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer
 
 CONFIG = {"mesh": {"tp": 2}, "sizes": [1, 2], "rate": 0.1}
@@ -130,20 +130,20 @@ def test_the_newest_and_the_best_are_kept(tmp_path, val_losses, kept):
 @pytest.mark.parametrize("spec", [P("x", "y"), P("y"), P(None, ("x", "y")), P()])
 def test_checksums_do_not_depend_on_sharding(spec):
     state = {name: make_state()[name] for name in ("half", "counts", "mask", "big")}
-    assert checkpoint._checksums(place(state, mesh(8, (4, 2)), spec)) == checkpoint._checksums(state)
+    assert checksums.checksums(place(state, mesh(8, (4, 2)), spec)) == checksums.checksums(state)
 
 
 def test_checksums_against_numpy_and_every_single_flipped_bit():
     bits = np.random.default_rng(0).integers(0, 2**32, (3, 5), dtype=np.uint32)
     weights = np.arange(bits.size, dtype=np.uint32).reshape(bits.shape) * 2 + 1
-    checksum = int(checkpoint._checksum(jnp.asarray(bits.view(np.float32))))
+    checksum = int(checksums.checksum(jnp.asarray(bits.view(np.float32))))
     assert checksum == int((bits * weights).sum(dtype=np.uint32))
     for element in np.ndindex(bits.shape):
         for bit in (0, 9, 31):
             flipped = bits.copy()
             flipped[element] ^= np.uint32(1 << bit)
-            assert int(checkpoint._checksum(jnp.asarray(flipped.view(np.float32)))) != checksum
-    assert int(checkpoint._checksum(jnp.asarray(bits[::-1].view(np.float32)))) != checksum  # elements that changed places
+            assert int(checksums.checksum(jnp.asarray(flipped.view(np.float32)))) != checksum
+    assert int(checksums.checksum(jnp.asarray(bits[::-1].view(np.float32)))) != checksum  # elements that changed places
 
 
 def damage(path, how):
@@ -347,7 +347,7 @@ def test_a_process_killed_while_it_saves_leaves_the_one_before(tmp_path):
     checkpointer.close()
 
 
-@pytest.mark.parametrize("field", ["every_steps", "keep"])
+@pytest.mark.parametrize("field", ["every_steps", "keep", "local_every_steps"])
 def test_config_is_validated(field):
     with pytest.raises(UserError, match=f"checkpoint.{field} is 0: set it to 1 or more"):
         CheckpointConfig(**{field: 0})

@@ -1,0 +1,54 @@
+"""Checksums of the arrays of a state, computed on the devices, that do not depend on how the arrays are sharded."""
+
+import json
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def leaf_types(state: PyTree) -> dict[str, str]:
+    """Leaf name -> dtype and shape, such as "float32[4, 8]", in the order of the pytree; the leaves may be abstract."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def checksums(state: PyTree) -> dict[str, int]:
+    """Leaf name -> checksum of the whole array. In a run of several processes all of them must call it (the sums go over devices)."""
+    sums = [checksum(leaf) for leaf in jax.tree.leaves(state)]
+    return dict(zip(leaf_types(state), (int(value) for value in sums), strict=True))
+
+
+@jax.jit
+def checksum(array: jax.Array) -> jax.Array:
+    """A uint32: the sum, modulo 2**32, of each element's bits times an odd number made of its index.
+
+    Addition has no order, so the sharding does not matter; the odd factor makes each change of one element count, and most swaps.
+    """
+    assert array.dtype.itemsize in (1, 2, 4) and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key), array.dtype
+    unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    bits = array.astype(unsigned) if array.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(array, unsigned)
+    index = jnp.zeros(array.shape, jnp.uint32)
+    for dim, size in enumerate(array.shape):
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def held_here(state: PyTree) -> int:
+    """A checksum of which parts of which leaves this process's devices hold; the leaves may be abstract, with shardings."""
+    held = [
+        sorted(str(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values())
+        for leaf in jax.tree.leaves(state)
+    ]
+    return zlib.crc32(json.dumps(held).encode())
+
+
+def sealed(record: dict) -> dict:
+    """The record as JSON gives it back, and a checksum of its text."""
+    text = json.dumps(record, sort_keys=True)
+    return {"record": json.loads(text), "crc32": zlib.crc32(text.encode())}

@@ -1,0 +1,38 @@
+"""Compiled programs kept on disk, so that a restarted run does not compile again (jax's persistent compilation cache)."""
+
+import contextlib
+import platform
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@contextlib.contextmanager
+def kept_compilations(workdir: Path, enabled: bool) -> Iterator[None]:
+    """Keeps them under WORKDIR/compilation_cache, which all processes share: jax has process 0 write, and all of them read.
+
+    A cache that JAX_COMPILATION_CACHE_DIR already names is used instead.
+    """
+    if not enabled or jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    kind = jax.default_backend()
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache" / (_cpu() if kind == "cpu" else kind)))
+    compilation_cache.reset_cache()  # jax looks at the directory only once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+def _cpu() -> str:
+    """The processor by its instructions: jax takes a program compiled for other ones, and dies of it."""
+    try:
+        features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"cpu-{zlib.crc32(features.encode()):08x}"

@@ -1,0 +1,130 @@
+"""What a process is doing and has done: a sequence of phases without gaps. The watchdog looks at it; process 0 keeps it in the workdir.
+
+`WORKDIR/goodput.jsonl` is only appended to, a line every few seconds: when it was written ("time"), what the seconds since the line
+before went to ("seconds", by phase), and the steps that were done before and after them ("from", "to"). The first line of each start of
+the run also has when that was ("start"). `training.goodput` adds it up over all starts; one that failed before it had a state left no line.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from herd_jax.errors import UserError
+
+FILE = "goodput.jsonl"
+PHASES = ("init", "compile", "step", "input wait", "evaluation", "checkpoint stall", "hang")
+STEPPING = ("step", "input wait")  # phases that alternate with every step
+NUM_KEPT_SPANS, NUM_KEPT_STEPS = 200, 101
+_SECONDS_BETWEEN_LINES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """`start` in seconds since the epoch; `step` is the number of steps done when it began."""
+
+    phase: str
+    step: int
+    start: float
+    seconds: float
+
+
+class Timeline:
+    """Made in the phase "init", which began at `start` (seconds since the epoch)."""
+
+    def __init__(self, workdir: Path, start: float) -> None:
+        self.phase, self.step = "init", 0
+        self.spans: collections.deque[Span] = collections.deque(maxlen=NUM_KEPT_SPANS)
+        self.step_seconds: collections.deque[float] = collections.deque(maxlen=NUM_KEPT_STEPS)
+        self.num_moves = 0  # signs of life; the watchdog sees whether there are new ones
+        self._path, self._file = workdir / FILE, None
+        self._start = self._written = start
+        self._line: dict = {"start": start}
+        self._seconds: dict[str, float] = {}
+        self._first_step = 0
+        self._lock = threading.Lock()  # the watchdog writes the last line of a process that hangs
+
+    def begin(self, step: int) -> None:
+        """The run continues after `step` steps: those counted further are done again, and what they took is lost.
+
+        Raises UserError, as all that writes, where the disk refuses.
+        """
+        self.flush()
+        self.step = self._first_step = step
+        if self._file is None and jax.process_index() == 0:
+            with self._writing():
+                self._file = self._path.open("a", encoding="utf-8")
+                if self._path.stat().st_size and not _ends_a_line(self._path):
+                    self._file.write("\n")  # after a line that a crash tore
+
+    def enter(self, phase: str, step: int | None = None) -> float:
+        """Ends the phase under way and begins the next; the seconds that the ended one took."""
+        seconds = self._end_span()
+        stepping = phase in STEPPING and self.phase in STEPPING
+        self.step, self.phase = self.step if step is None else step, phase
+        if not stepping or self._start - self._written >= _SECONDS_BETWEEN_LINES:
+            self.flush()
+        return seconds
+
+    def rename(self, phase: str) -> None:
+        """What is under way turns out to be another phase."""
+        self.phase = phase
+
+    def step_done(self, seconds: float | None = None) -> None:
+        """The devices have finished a step; the seconds it took, unless it was compiled in them."""
+        self.num_moves += 1
+        if seconds is not None:
+            self.step_seconds.append(seconds)
+
+    def median_step(self) -> float | None:
+        """In seconds, of the newest steps; None before the second step."""
+        return statistics.median(list(self.step_seconds)) if self.step_seconds else None
+
+    def flush(self) -> None:
+        """Writes a line of what has not been written."""
+        with self._lock:
+            if self._file is None or not self._seconds:
+                return
+            seconds = {phase: round(seconds, 4) for phase, seconds in self._seconds.items()}
+            self._line |= {"time": self._start, "seconds": seconds, "from": self._first_step, "to": self.step}
+            with self._writing():
+                self._file.write(json.dumps(self._line) + "\n")
+                self._file.flush()
+            self._line, self._seconds, self._first_step, self._written = {}, {}, self.step, self._start
+
+    def close(self) -> None:
+        """Ends the phase under way; nothing is recorded after it."""
+        self._end_span()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _end_span(self) -> float:
+        now = time.time()
+        seconds = max(now - self._start, 0.0)
+        self.spans.append(Span(self.phase, self.step, self._start, seconds))
+        self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + seconds
+        self._start = now
+        self.num_moves += 1
+        return seconds
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._path} ({error.strerror}): mend that and give the same command again") from error
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
