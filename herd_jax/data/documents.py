@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ UNIT_BYTES = (2**20, 2**26)  # least and most source bytes in a unit of work
 NUM_UNITS = 512  # aimed at between those limits
 BATCH_BYTES = 2**24  # of the rows of a `.parquet` that are in memory at once, if all are as long as their mean
 TOO_LONG = "documents that are too long"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # such as a cut emoji, which JSON escapes can spell but UTF-8 cannot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +178,10 @@ def _json_row(line: bytes, text_field: str, skipped: Counter[str]) -> dict[str, 
         skipped["lines that are not JSON"] += 1
         return None
     text = row.get(text_field) if isinstance(row, dict) else None
-    if not isinstance(text, str) or not _is_unicode(text):
+    if not isinstance(text, str):
         skipped[f"lines without a text in field {text_field!r}"] += 1
         return None
-    return row
+    return row | {text_field: _LONE_SURROGATE.sub("\ufffd", text)}
 
 
 def _parquet_rows(
@@ -230,12 +232,3 @@ def _import_parquet() -> ModuleType:
 def _kind(file: Path) -> str:
     name = file.name.lower()
     return next((kind for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet") if name.endswith(f".{kind}")), "text")
-
-
-def _is_unicode(text: str) -> bool:
-    """False for the lone surrogates that JSON escapes can spell but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
