@@ -44,7 +44,8 @@ def test_a_dialog_of_two_turns(saved):
             process.stdin.write(f"{question}\n".encode())
             process.stdin.flush()
             assert process.stdout.read(len(expected)) == expected  # which is there before the next question
-        rest, errors = process.communicate()  # with the end of the input
+        process.stdin.close()
+        rest, errors = process.stdout.read(), process.stderr.read()  # communicate() would miss what the reader has taken already
     assert (process.returncode, rest, errors) == (0, b"> \n", b"")
 
 
