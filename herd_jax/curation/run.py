@@ -52,7 +52,8 @@ def _curate(config: CurationConfig, workdir: Path) -> str:
             f"{workdir / 'problems'}, what came of the rest is shown by {see}"
         )
     trains = f"python -m herd_jax.train --config {workdir / 'train.py'} trains on the result"
-    return f"done; {see} shows what became of each document, {trains if (workdir / 'train.py').exists() else 'too few are left to train on'}"
+    rest = trains if (workdir / "train.py").exists() else "too few are left to train on"
+    return f"done; {see} shows what became of each document, and {rest}"
 
 
 def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> None:

@@ -187,7 +187,7 @@ class Checkpointer:
         if self.private:
             shutil.rmtree(self.directory / str(step))
         elif jax.process_index() == 0:
-            (self.directory / str(step)).rename(aside)
+            shutil.move(self.directory / str(step), aside)  # which may be on another disk
         storage.wait_for_all("setting a checkpoint aside")
         self._manager.reload()
         return "deleted" if self.private else f"moved to {aside}"

@@ -1,0 +1,343 @@
+"""Claim: a run that is broken on purpose goes on by itself and ends with the losses of one that was left alone.
+
+    python benchmarks/chaos.py                                       # two processes, three seeds of seven faults
+    python benchmarks/chaos.py --processes 4 --seeds 5 6 --faults 10 --workdir runs/chaos
+
+Each seed is one supervised run of processes of fake devices, to which the faults of KINDS are done in a random order at random steps.
+A scheduler is played too: it starts the job again when a signal ended it, and says how many hosts there are. Odd seeds save locally as
+well as durably. Two batches of all runs, and of the undisturbed one, are noise that `train.on_spike=skip` has to leave out (no token
+stream gives a loss that is not finite; the tests have those).
+
+Losses, norms, validation losses and skipped steps of all steps must be those of the undisturbed run: exactly, but from the step on
+at which a run came back with fewer processes within a relative 1e-6. The table has by the clock of this script: "detected", from the
+fault until the run or its supervisor says so; "lost steps", taken again; "downtime", from then until the first step is done.
+The checkpoints are on a small tmpfs, to be filled; where mounting is not permitted they are in a directory, and the disk is not filled.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KINDS = {
+    "kill": "SIGKILL of one process",
+    "hang": "SIGSTOP of one process",
+    "terminate": "SIGTERM of one process",
+    "preempt": "SIGTERM of the supervisor",
+    "truncate": "SIGKILL of all, newest checkpoint truncated",
+    "fill": "disk full",
+    "fewer": "SIGKILL of one process, half of them come back",
+}
+FIRST, SPACING, JITTER, TAIL, SAVE_EVERY = 25, 30, 10, 30, 10  # steps
+DISK_BYTES = 64 << 20
+PATIENCE_SECONDS = 240
+NOISE_STEPS = (22, 41)
+CONFIG = """
+def get_config():
+    return {{
+        "data": {{"sources": {{{text!r}: 1.0}}, "phases": {phases}}},
+        "model": {{"name": "llama-tiny", "dim": 64, "ffn_dim": 128, "num_layers": 2, "vocab_size": 259}},
+        "mesh": {{"dp": {processes}}},
+        "train": {{
+            "num_steps": {num_steps}, "global_batch_size": 16, "seq_len": 128, "on_spike": "skip", "spike_factor": 5.0, "spike_window": 20,
+            "watchdog": {{"min_seconds": 10.0, "other_seconds": 45.0}},
+        }},
+        "optimizer": {{"peak_learning_rate": 1e-2, "warmup_steps": 5, "decay_steps": {num_steps}}},
+        "checkpoint": {{"every_steps": {save_every}, "keep": 3, "local_every_steps": 5}},
+        "eval": {{"every_steps": 20, "num_batches": 2}},
+        "log": {{"every_steps": 1}},
+    }}
+"""
+RESULTS = ("loss", "grad_norm", "learning_rate", "tokens", "val_loss", "val_bits_per_byte", "skipped_steps")
+STEP = r"^\[0\] step (\d+)/"
+START = r"^\[0\] .*; (?:continues at step (\d+)|starts) in "
+DETECTED = r"\berror: |watchdog: |warning: |stopped after step|supervise: "
+
+
+class Stuck(Exception):
+    """The run did not do what it had to."""
+
+
+class Job:
+    """The supervised run in `directory`, and the lines that it printed, each with its time."""
+
+    def __init__(self, directory: Path, config: Path, processes: int, fields: tuple[str, ...]) -> None:
+        self.workdir = directory / "run"
+        self.hosts = directory / "hosts"  # how many there are: the launcher asks at every start
+        self.hosts.write_text(str(processes))
+        launch = ["bash", "-c", 'exec bash "$0" "$(cat "$1")" "${@:2}"', str(ROOT / "launch" / "local_multiprocess.sh"), str(self.hosts)]
+        arguments = ["--config", str(config), f"--config.workdir={self.workdir}", *fields]
+        self._command = [sys.executable, "-m", "herd_jax.supervise", "--backoff", "1", "--", *launch, *arguments]
+        self._log = directory / "log.txt"
+        self.lines: list[tuple[float, str]] = []
+        self.start()
+
+    def start(self) -> None:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        self.supervisor = subprocess.Popen(self._command, env=environment(), start_new_session=True, **pipes)
+        threading.Thread(target=self._read, args=(self.supervisor.stdout,), daemon=True).start()
+
+    def processes(self) -> list[int]:
+        """Of the training, whose parent is the launcher, whose parent is the supervisor."""
+        launchers = children(self.supervisor.pid)
+        of_training = [pid for launcher in launchers for pid in children(launcher) if b"\0-m\0herd_jax.train\0" in command_of(pid)]
+        if not of_training:
+            raise Stuck("no process of the training is there")
+        return of_training
+
+    def find(self, pattern: str, since: int) -> tuple[int, float, re.Match] | None:
+        """The first line from number `since` on that matches: its number and time."""
+        for number, (when, line) in enumerate(self.lines[since:], since):
+            if match := re.search(pattern, line):
+                return number, when, match
+        return None
+
+    def wait_for(self, pattern: str, since: int) -> tuple[int, float, re.Match]:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < end:
+            if found := self.find(pattern, since):
+                return found
+            time.sleep(0.02)
+        raise Stuck(f"no line matches {pattern} in {PATIENCE_SECONDS} s")
+
+    def wait_for_step(self, step: int, since: int) -> None:
+        """Until this step, or a later one, is shown."""
+        number, _, match = self.wait_for(STEP, since)
+        while int(match[1]) < step:
+            number, _, match = self.wait_for(STEP, number + 1)
+
+    def wait(self) -> int:
+        try:
+            return self.supervisor.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise Stuck(f"the supervisor did not end in {PATIENCE_SECONDS} s") from error
+
+    def end(self) -> None:
+        """Kills what is left."""
+        if self.supervisor.poll() is None:
+            launchers = children(self.supervisor.pid)
+            for pid in [self.supervisor.pid, *launchers, *(child for launcher in launchers for child in children(launcher))]:
+                send(pid, signal.SIGKILL)
+            self.supervisor.wait()
+
+    def _read(self, stream) -> None:
+        with self._log.open("a") as log:
+            for line in stream:
+                self.lines.append((time.time(), line))
+                log.write(f"{time.time():.2f} {line}")
+                log.flush()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--faults", type=int, default=7, help="for each seed (default 7, one of each kind)")
+    parser.add_argument("--processes", type=int, choices=(2, 4), default=2)
+    parser.add_argument("--workdir", type=Path, help="kept; default: a temporary directory that is removed")
+    args = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="herd-chaos-")) if args.workdir is None else args.workdir.absolute()
+    num_steps = FIRST + SPACING * args.faults + TAIL
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        config = prepare(root, args.processes, num_steps)
+        undisturbed = run_undisturbed(root, config, args.processes)
+        skipped = [step for step, line in undisturbed.items() if line["skipped_steps"]]
+        print(f"undisturbed: {num_steps} steps, loss {undisturbed[num_steps]['loss']:.4f}, left out {skipped}", flush=True)
+        runs = [run_seed(root / f"seed-{seed}", config, args.processes, seed, args.faults, undisturbed) for seed in args.seeds]
+    finally:
+        if args.workdir is None:
+            shutil.rmtree(root)
+    faults = [fault for run in runs for fault in run["faults"]]
+    matched = all(run["failure"] is None for run in runs)
+    print(f"{len(faults)} faults in {len(runs)} runs: " + ("every run matched" if matched else "NOT EVERY RUN MATCHED"))
+    print(json.dumps({"processes": args.processes, "num_faults": len(faults), "matched": matched, "skipped": skipped, "runs": runs}))
+    sys.exit(not matched)
+
+
+def prepare(root: Path, processes: int, num_steps: int) -> Path:
+    """Makes the token streams, of text and of noise, and the config."""
+    source = random.Random(0)
+    texts = {"text": lambda: " ".join(source.choices("the cat sat on a mat and then it ran after two dogs".split(), k=400)),
+             "noise": lambda: "".join(map(chr, source.choices(range(33, 127), k=2000)))}  # fmt: skip
+    for name, make in texts.items():
+        (root / name).mkdir(exist_ok=True)
+        for i in range(30):
+            (root / name / f"{i}.txt").write_text(make())
+        arguments = ["--source", str(root / name), "--tokenizer", "bytes", "--target", str(root / f"{name}-tokens"), "--processes", "1",
+                     "--validation-fraction", "0.1", "--overwrite"]  # fmt: skip
+        subprocess.run([sys.executable, "-m", "herd_jax.tokenize", *arguments], env=environment(), check=True, stdout=subprocess.DEVNULL)
+    text, noise = (str(root / f"{name}-tokens") for name in texts)
+    phases = [{"from_tokens": (step + done - 1) * 16 * 128, "sources": {path: 1.0}}
+              for step in NOISE_STEPS for done, path in enumerate((noise, text))]  # fmt: skip
+    config = root / "config.py"
+    config.write_text(CONFIG.format(text=text, phases=phases, processes=processes, num_steps=num_steps, save_every=SAVE_EVERY))
+    return config
+
+
+def run_undisturbed(root: Path, config: Path, processes: int) -> dict[int, dict]:
+    workdir = root / "undisturbed"
+    shutil.rmtree(workdir, ignore_errors=True)
+    launcher = str(ROOT / "launch" / "local_multiprocess.sh")
+    command = ["bash", launcher, str(processes), "--config", str(config), f"--config.workdir={workdir}"]
+    with (root / "undisturbed.txt").open("w") as log:
+        subprocess.run(command, env=environment(), check=True, stdout=log, stderr=subprocess.STDOUT)
+    return read_results(workdir)
+
+
+def run_seed(directory: Path, config: Path, processes: int, seed: int, num_faults: int, undisturbed: dict[int, dict]) -> dict:
+    """Runs, disturbs, compares, prints the table."""
+    shutil.rmtree(directory, ignore_errors=True)
+    disk = directory / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    chance = random.Random(seed)
+    plan = draw(chance, num_faults, mounted)
+    fields = (f"--config.checkpoint.local_directory={directory / 'run' / 'local'}",) if seed % 2 else ()
+    print(f"\nseed {seed}" + ("" if mounted else " (disk full left out: mounting a tmpfs is not permitted here)"), flush=True)
+    print(f"{'fault':<47} {'step':>5} {'detected':>9} {'lost steps':>10} {'downtime':>9}", flush=True)
+    job, done, difference, failure = Job(directory, config, processes, fields), [], None, None
+    try:
+        since = 0
+        for index, kind in enumerate(plan):
+            job.wait_for_step(FIRST + SPACING * index + chance.randrange(JITTER), since)
+            fault, since = inject(job, kind, processes, chance)
+            done.append(fault)
+            down = f"{fault['downtime_s']:.1f} s" if fault["restarted"] else "none"
+            print(f"{KINDS[kind]:<47} {fault['step']:>5} {fault['detected_s']:>7.1f} s {fault['lost_steps']:>10} {down:>9}", flush=True)
+        if (status := job.wait()) != 0:
+            raise Stuck(f"the supervisor ended with {status}")
+        tolerant_from = min((fault["continued_at"] for fault in done if fault["kind"] == "fewer"), default=None)
+        difference = compare(read_results(job.workdir), undisturbed, tolerant_from)
+        print(f"all {len(undisturbed)} steps as undisturbed, "
+              + (f"to {difference:.1e} from step {tolerant_from + 1} on" if difference else "exactly"), flush=True)  # fmt: skip
+    except Stuck as error:
+        failure = str(error)
+        print(f"FAILED: {failure}", flush=True)
+    finally:
+        job.end()
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+    incidents = read_lines(job.workdir / "incidents.jsonl")
+    return {"seed": seed, "faults": done, "incidents": incidents, "largest_relative_difference": difference, "failure": failure}
+
+
+def draw(chance: random.Random, num_faults: int, mounted: bool) -> list[str]:
+    """Each kind as often as another, give or take one; no hang of a process that is alone and so has nobody to notice it."""
+    kinds = [kind for kind in KINDS if mounted or kind != "fill"]
+    while True:
+        rounds = [chance.sample(kinds, len(kinds)) for _ in range(-(-num_faults // len(kinds)))]
+        plan = [kind for kinds in rounds for kind in kinds][:num_faults]
+        if ("fewer", "hang") not in zip(plan, plan[1:]):
+            return plan
+
+
+def inject(job: Job, kind: str, processes: int, chance: random.Random) -> tuple[dict, int]:
+    """Does it, waits until the run has moved again; the row of the table, and the number of the line at which it had."""
+    pids, since, ballast = job.processes(), len(job.lines), job.workdir / "checkpoints" / "ballast"
+    victim = chance.choice(pids)
+    job.hosts.write_text(str(processes // 2 if kind == "fewer" else processes))
+    start = time.time()
+    if kind == "fill":
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 20)):
+                pass
+    elif kind == "truncate":
+        for pid in pids:
+            send(pid, signal.SIGKILL)
+        truncate_newest(job.workdir, chance)
+    elif kind == "preempt":
+        send(job.supervisor.pid, signal.SIGTERM)
+    else:
+        send(victim, {"hang": signal.SIGSTOP, "terminate": signal.SIGTERM}.get(kind, signal.SIGKILL))
+    number, detected, _ = job.wait_for(DETECTED, since)
+    if kind == "preempt":
+        if (status := job.wait()) != 75:
+            raise Stuck(f"the supervisor that was told to end did so with {status}")
+        job.start()
+    ballast.unlink(missing_ok=True)
+    restarted, begun = kind != "fill", None
+    if restarted:
+        number, _, begun = job.wait_for(START, since)
+    moved_at, moved, step = job.wait_for(STEP, number + 1)
+    if kind == "fill" and (found := job.find(START, since)):  # it should cost one save, but it ended the process
+        restarted, (number, _, begun) = True, found
+    if kind == "truncate" and not job.find("is unreadable", since):
+        raise Stuck("nobody noticed the truncated checkpoint")
+    shown = [int(match[1]) for _, line in job.lines[:number] if (match := re.search(STEP, line))]
+    reached, continued = (shown[-1], int(begun[1] or 0)) if restarted else (int(step[1]), int(step[1]))
+    row = {"kind": kind, "step": reached, "detected_s": round(detected - start, 2), "restarted": restarted, "continued_at": continued}
+    return row | {"lost_steps": max(reached - continued, 0), "downtime_s": round(moved - detected, 2) if restarted else 0.0}, moved_at
+
+
+def truncate_newest(workdir: Path, chance: random.Random) -> None:
+    """Halves the largest file of the newest checkpoint, durable or (of one process) local."""
+    saved = [path for path in [*workdir.glob("checkpoints/*"), *workdir.glob("local/*/*")] if path.name.isdigit()]
+    newest = chance.choice(sorted(path for path in saved if int(path.name) == max(int(path.name) for path in saved)))
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def compare(results: dict[int, dict], undisturbed: dict[int, dict], tolerant_from: int | None) -> float:
+    """The largest relative difference. Raises Stuck where one is too large: any at all up to step `tolerant_from` (None: throughout)."""
+    if list(results) != list(undisturbed):
+        raise Stuck("the steps of metrics.jsonl are not those of the undisturbed run")
+    largest = 0.0
+    for step, line in results.items():
+        allowed = 0.0 if tolerant_from is None or step <= tolerant_from else 1e-6
+        for name, expected in undisturbed[step].items():
+            if line[name] == expected:
+                continue
+            difference = abs(line[name] - expected) / abs(expected) if None not in (line[name], expected) and expected else float("inf")
+            if difference > allowed:
+                raise Stuck(f"{name} of step {step} is {line[name]}, and {expected} in the undisturbed run")
+            largest = max(largest, difference)
+    return largest
+
+
+def read_results(workdir: Path) -> dict[int, dict]:
+    return {line["step"]: {name: line.get(name) for name in RESULTS} for line in read_lines(workdir / "metrics.jsonl")}
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HERD_PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it has just ended
+
+
+if __name__ == "__main__":
+    main()
