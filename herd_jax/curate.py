@@ -43,6 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     from herd_jax.curation.classification.classifiers import KINDS, train_classifier
     from herd_jax.curation.classification.labels import REQUIREMENTS, label_files
     from herd_jax.curation.reporting.report import inspect
+    from herd_jax.model import load
 
     parser = argparse.ArgumentParser(prog="python -m herd_jax.curate")
     commands = parser.add_subparsers(required=True)
@@ -55,7 +56,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--source", required=True, nargs="+")
     command.add_argument("--requirement", required=True, choices=sorted(REQUIREMENTS))
     command.add_argument("--target", required=True)
-    command.set_defaults(run=lambda args: label_files(args.model, args.source, args.requirement, args.target))
+    command.set_defaults(run=lambda args: label_files(load, args.model, args.source, args.requirement, args.target))
     command = commands.add_parser("train-classifier", help="learn from sets of documents or from a judge's labels")
     command.add_argument("--kind", required=True, choices=KINDS)
     command.add_argument("--set", action="append", default=[], metavar="LABEL=GLOB")

@@ -14,7 +14,7 @@ from herd_jax.curation.classification.classifiers import open_classifier, train_
 from herd_jax.curation.classification.labelled import LEAST_TEXTS, Labelled, evaluate, text_id
 from herd_jax.curation.classification.transformer_classifier import TransformerClassifier, TransformerConfig, train
 from herd_jax.errors import UserError
-from herd_jax.model import Model
+from herd_jax.model import Model, load
 from herd_jax.models.encoder import EncoderConfig
 from herd_jax.models.llama import Llama
 from herd_jax.text.protocol import TEMPLATE_FILE
@@ -124,13 +124,13 @@ def test_labels_go_on_where_they_stopped_and_train_a_classifier(judge, tmp_path)
     texts = sum(make_sets(60).values(), [])
     source, target = tmp_path / "texts.jsonl", tmp_path / "labels.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts[:8], *texts[:4]]))
-    assert labels.label_files(judge[1], [str(source)], "encyclopedic", target) == f"8 documents labelled, 0 were in {target} already"
+    assert labels.label_files(load, judge[1], [str(source)], "encyclopedic", target) == f"8 documents labelled, 0 were in {target} already"
     whole = target.read_text()
     assert [json.loads(line)["id"] for line in whole.splitlines()] == [text_id(text) for text in texts[:8]]
 
     target.write_text(whole[: len(whole) // 2])
     kept = whole[: len(whole) // 2].count("\n")
-    assert labels.label_files(judge[1], [str(source)], "encyclopedic", target).startswith(f"{8 - kept} documents labelled, {kept} were")
+    assert labels.label_files(load, judge[1], [str(source)], "encyclopedic", target).startswith(f"{8 - kept} documents labelled, {kept} were")
     again = [json.loads(line) for line in target.read_text().splitlines()]
     for line, expected in zip(again, map(json.loads, whole.splitlines()), strict=True):
         assert line["scores"] == pytest.approx(expected.pop("scores"), abs=1e-5)
@@ -142,13 +142,13 @@ def test_labels_go_on_where_they_stopped_and_train_a_classifier(judge, tmp_path)
     with pytest.raises(UserError, match=f"give at least {LEAST_TEXTS}"):
         train_classifier("linear", {}, str(target), tmp_path / "classifier.npz")
     with pytest.raises(UserError, match="holds labels of .* for 'encyclopedic'"):
-        labels.label_files(judge[1], [str(source)], "code", target)
+        labels.label_files(load, judge[1], [str(source)], "code", target)
     with pytest.raises(UserError, match="not a file of labels"):
-        labels.label_files(judge[1], [str(source)], "code", source)
+        labels.label_files(load, judge[1], [str(source)], "code", source)
 
 
 def test_unknown_requirements_and_files_are_refused(judge, tmp_path):
     with pytest.raises(UserError, match="requirement 'poetry' is not known: choose one of encyclopedic"):
-        labels.label_files(judge[1], [], "poetry", tmp_path / "labels.jsonl")
+        labels.label_files(load, judge[1], [], "poetry", tmp_path / "labels.jsonl")
     with pytest.raises(UserError, match="cannot be read as a judge's labels"):
         Labelled.of_judgements(tmp_path / "labels.jsonl")

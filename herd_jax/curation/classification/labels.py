@@ -5,18 +5,16 @@ Its answer is never parsed. The score of an answer is the probability of its fir
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from herd_jax.curation.classification.labelled import read_texts, text_id
 from herd_jax.errors import UserError
 from herd_jax.text import chat
-
-if TYPE_CHECKING:  # it brings the whole of inference with it
-    from herd_jax.model import Model
+from herd_jax.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 384  # of a document that the judge reads, from its beginning
 CHARACTERS_PER_TOKEN = 16
@@ -30,6 +28,14 @@ PROMPT = """Here is the beginning of a document.
 </document>
 
 {question} Answer with {form}."""
+
+
+class Judge(Protocol):
+    """What `herd_jax.load` returns, as far as it is needed here."""
+
+    tokenizer: Tokenizer
+
+    def logits(self, token_ids) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,7 @@ def find_requirement(name: str) -> Requirement:
     return REQUIREMENTS[name]
 
 
-def label(model: "Model", texts: Sequence[str], requirement: Requirement) -> list[dict[str, float]]:
+def label(model: "Judge", texts: Sequence[str], requirement: Requirement) -> list[dict[str, float]]:
     """Of each text, the probability of each label by the judge `model`.
 
     Raises UserError where it is no chat model or two answers begin alike.
@@ -80,15 +86,15 @@ def label(model: "Model", texts: Sequence[str], requirement: Requirement) -> lis
     return [scores for batch in _batches(texts) for scores in _label_batch(model, batch, requirement)]
 
 
-def label_files(model_path: str | Path, sources: Sequence[str], requirement_name: str, target: str | Path, text_field: str = "text") -> str:
+def label_files(
+    load: Callable[[str], "Judge"], model_path: str | Path, sources: Sequence[str], requirement_name: str, target: str | Path, text_field: str = "text"
+) -> str:
     """Judges the documents of files that globs name, and writes a line of JSON for each different one into `target`: "id" (of its text),
     "requirement", "model", "scores", "text" (its beginning: a classifier can be trained from the file alone).
 
-    Started again, it goes on behind what `target` holds. Returns a summary. Raises UserError where `target` was made with another judge or
+    `load` opens the model, once there is something to judge. Started again, it goes on behind what `target` holds. Returns a summary. Raises UserError where `target` was made with another judge or
     requirement.
     """
-    from herd_jax.model import load
-
     requirement = find_requirement(requirement_name)
     about = {"requirement": requirement_name, "model": str(model_path)}
     done = _read_done(Path(target), about)
@@ -106,7 +112,7 @@ def label_files(model_path: str | Path, sources: Sequence[str], requirement_name
     return f"{len(missing):,} documents labelled, {len(texts) - len(missing):,} were in {target} already"
 
 
-def _label_batch(model: "Model", texts: Sequence[str], requirement: Requirement) -> list[dict[str, float]]:
+def _label_batch(model: "Judge", texts: Sequence[str], requirement: Requirement) -> list[dict[str, float]]:
     answers = _answer_ids(model, requirement)
     prompts = [_prompt_ids(model, text, requirement) for text in texts]
     length = -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
@@ -119,7 +125,7 @@ def _label_batch(model: "Model", texts: Sequence[str], requirement: Requirement)
     return [dict(zip(answers, (row / row.sum()).round(6).tolist())) for row in weights_BC]
 
 
-def _answer_ids(model: "Model", requirement: Requirement) -> dict[str, int]:
+def _answer_ids(model: "Judge", requirement: Requirement) -> dict[str, int]:
     """Label -> first token of its answer."""
     if model.tokenizer is None:
         raise UserError("the judge has no tokenizer beside it: put the tokenizer's files into its directory")
@@ -131,7 +137,7 @@ def _answer_ids(model: "Model", requirement: Requirement) -> dict[str, int]:
     return ids
 
 
-def _prompt_ids(model: "Model", text: str, requirement: Requirement) -> list[int]:
+def _prompt_ids(model: "Judge", text: str, requirement: Requirement) -> list[int]:
     tokens = model.tokenizer.encode(_beginning(text))[:MAX_TOKENS]
     message = {"role": "user", "content": requirement.prompt(model.tokenizer.decode(tokens))}
     return list(chat.render([message], model.tokenizer, add_assistant_header=True).ids)
