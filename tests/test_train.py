@@ -160,7 +160,7 @@ def test_killed_at_a_random_step(base, uninterrupted, tmp_path):
 def test_continued_on_another_mesh(base, uninterrupted, tmp_path):
     workdir = copy_until(16, uninterrupted, tmp_path / "run")
     schedule = ("pipeline.schedule=zero_bubble", "pipeline.num_chunks=2", "train.num_micro_batches=4")
-    out, _ = run(base, workdir, "mesh.tp=2", "mesh.cp=2", "mesh.pp=2", *schedule)
+    out, _ = run(base, workdir, "mesh.tp=2", "mesh.cp=2", "mesh.pp=2", "checkpoint.every_steps=1", *schedule)
     assert "mesh tp 2 cp 2 pp 2 dp 1" in out and "continues at step 16" in out
     for got, expected in zip(results(workdir), results(uninterrupted), strict=True):
         assert got == pytest.approx(expected, rel=1e-5)

@@ -76,20 +76,23 @@ class StatePlan:
         return self._map(abstract)
 
     def to_canonical(self, state: State) -> State:
-        """Layers in model order, nothing padded, no mesh in it. A new state beside the old one, but for leaves that lie so already."""
+        """Layers in model order, nothing padded, no mesh in it. A new state beside the old one, but for leaves that lie so already.
+
+        One leaf at a time, for its temporaries, and because CPU devices can stop each other once 32 programs are under way.
+        """
 
         def convert(declaration, value):
             if declaration is None or value.shape == declaration.canonical_shape and self.layout.is_model_order:
                 return value
-            return _to_canonical(self.layout, declaration)(value)
+            return jax.block_until_ready(_to_canonical(self.layout, declaration)(value))
 
         return self._map(convert, state)
 
     def from_canonical(self, state: State) -> State:
-        """The inverse of `to_canonical`, onto this mesh."""
+        """The inverse of `to_canonical`, onto this mesh; also one leaf at a time."""
 
         def convert(declaration, value):
-            return value if declaration is None else _from_canonical(self.layout, declaration)(value)
+            return value if declaration is None else jax.block_until_ready(_from_canonical(self.layout, declaration)(value))
 
         return self._map(convert, state)
 
