@@ -117,8 +117,8 @@ def _leaving_together(roll: RollCall) -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        roll.fail(str(error), USER_ERROR)
-        os._exit(USER_ERROR)
+        roll.fail(str(error), error.status)
+        os._exit(error.status)
     except StartAgain:  # as all others do
         raise
     except Exception as error:

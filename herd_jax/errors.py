@@ -8,10 +8,19 @@ USER_ERROR = 1  # mend something; also any other error, with its traceback
 START_AGAIN = 75  # EX_TEMPFAIL: the run was told to stop and has saved; the same command continues it
 HUNG = 76  # the watchdog ended the process; the same command continues the run
 PEER_LOST = 77  # another process of the run died or failed; the same command, in all of them, continues the run
+MISCOMPUTED = 78  # a device computes wrongly: not to be started again before someone has looked at it
 
 
 class UserError(ValueError):
     """Something the user can mend; its text is one sentence that names the cause and the remedy."""
+
+    status = USER_ERROR  # with which the program exits
+
+
+class Miscomputed(UserError):
+    """A device has given another result than it, or its like, gave before."""
+
+    status = MISCOMPUTED
 
 
 class StartAgain(Exception):
@@ -19,8 +28,8 @@ class StartAgain(Exception):
 
 
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and exit status 1, StartAgain one line and 75; all
-    else keeps its traceback."""
+    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1, of Miscomputed 78),
+    StartAgain one line and 75; all else keeps its traceback."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -28,7 +37,7 @@ def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
             main(sys.argv[1:])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(USER_ERROR)
+            sys.exit(error.status)
         except StartAgain as notice:
             print(notice, file=sys.stderr)
             sys.exit(START_AGAIN)

@@ -91,6 +91,19 @@ class Model:
         per_text = zip(sums, rows, texts, strict=True)
         return [TextLoss(nats / (len(row) - 1), nats / math.log(2) / len(text.encode())) for nats, row, text in per_text]
 
+    def continues_with(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        """bool [prompts]: whether greedy decoding of each prompt's ids begins with the ids of its answer. Known from one forward of both."""
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        self._check_length(max(map(len, rows)), "the prompt with its answer is")
+        return self._scorer.misses(self.params, rows, [len(prompt) for prompt in prompts]) == 0
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:  # fmt: skip
+        """As `generate`, of token ids as they stand."""
+        return ["".join(parts) for parts in zip(*self._stream(prompts, max_new_tokens, temperature, top_p, seed, stop))] if prompts else []
+
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Sequence[str] = (),
@@ -106,7 +119,7 @@ class Model:
 
     def stream_chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
         """The assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come."""
-        ids = chat.render(messages, self._tokenizer(), add_assistant_header=True).ids
+        ids = chat.render(messages, self.text_tokenizer(), add_assistant_header=True).ids
         return (text for (text,) in self._stream([list(ids)], max_new_tokens, temperature, top_p, seed, stop))
 
     def chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> str:
@@ -133,13 +146,14 @@ class Model:
     def _weights(self):
         return self._decoder.prepare(self.params)
 
-    def _tokenizer(self) -> Tokenizer:
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises UserError where there is none."""
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer beside it, so it takes token ids only: put the tokenizer's files into its directory")
         return self.tokenizer
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        tokenizer = self._tokenizer()
+        tokenizer = self.text_tokenizer()
         ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
         if not ids:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with: give a prompt of at least one character")
@@ -162,7 +176,7 @@ class Model:
             raise UserError(f"max_new_tokens {max_new_tokens} must be 1 or more, temperature {temperature} 0 or more, top_p {top_p} in (0, 1]")
         self._check_length(max(map(len, rows)), "the prompt is")
         rooms = [max_new_tokens if self.context_length is None else min(max_new_tokens, self.context_length - len(row)) for row in rows]
-        stops = [_Stop(self._tokenizer(), stop, room) for room in rooms]
+        stops = [_Stop(self.text_tokenizer(), stop, room) for room in rooms]
         for ids in self._steps(rows, max(rooms), temperature, top_p, seed):
             yield [of_row.push(int(token)) for of_row, token in zip(stops, ids)]
             if all(of_row.ended for of_row in stops):

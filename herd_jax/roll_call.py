@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from herd_jax.config import differences
 from herd_jax.errors import PEER_LOST, UserError
 
+_OTHER_FILES = 500  # checkpoints, token streams, libraries
 AT_LOSS: list[Callable[[str], None]] = []  # called, with the sentence, before a process ends because another one did
 
 
@@ -83,6 +85,7 @@ def absence(hellos: list[Hello], timeout: float) -> str:
 def call_roll(hello: Hello, port: int, timeout: float) -> "RollCall":
     """Process 0's part: waits for all, compares, tells all the verdict. Raises UserError where it is a bad one."""
     deadline = time.monotonic() + timeout
+    _allow_open_files(2 * hello.num_processes + _OTHER_FILES, hello)  # our connection to each, and that of JAX's coordinator
     hellos, peers = [hello], {}
     with _listen(port) as listener:
         _listen(port + 1).close()  # JAX's coordinator will want it
@@ -207,6 +210,18 @@ class _Lines:
         if not line.endswith(b"\n"):
             raise ConnectionError("it hung up without an answer")
         return json.loads(line)
+
+
+def _allow_open_files(number: int, hello: Hello) -> None:
+    """Raises this process's limit of open files, where it is lower and may be. Raises UserError where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        raise UserError(
+            f"{hello} may open {hard} files, and {hello.num_processes} processes that connect to it take {number}: "
+            "raise its hard limit (ulimit -Hn, or LimitNOFILE of the service that starts it)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
 def _listen(port: int) -> socket.socket:

@@ -8,11 +8,12 @@ import dataclasses
 from herd_jax.cluster import joined
 from herd_jax.config import read_command_line, to_dict
 from herd_jax.errors import command_line
+from herd_jax.evaluation.gate import StageGate
 from herd_jax.interop.initial import InitialWeights
 from herd_jax.mesh import request_cpu_devices
-from herd_jax.training.loop import train
 from herd_jax.training.preflight import preflight
 from herd_jax.training.run import RunConfig
+from herd_jax.training.stages import devices_of, stage_configs, train_stages
 from herd_jax.xla_flags import apply_flags
 
 
@@ -21,14 +22,15 @@ def main(argv: list[str]) -> None:
     config = read_command_line(RunConfig, [argument for argument in argv if argument != "--preflight"])
     apply_flags()
     with joined(to_dict(config)) as num_processes:
-        request_cpu_devices(config.mesh, num_processes)
+        request_cpu_devices(devices_of(config), num_processes)
         if "--preflight" in argv:
-            preflight(config.mesh, config.workdir)
+            for mesh in dict.fromkeys(stage.mesh for stage in stage_configs(config)):
+                preflight(mesh, config.workdir)
         elif config.init_from:
             initial = InitialWeights.open(config.init_from)
-            train(dataclasses.replace(config, model=initial.model_config), initial)
+            train_stages(dataclasses.replace(config, model=initial.model_config), StageGate(), initial)
         else:
-            train(config)
+            train_stages(config, StageGate())
 
 
 if __name__ == "__main__":

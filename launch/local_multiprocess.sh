@@ -28,7 +28,7 @@ PROGRAM
 export HERD_COORDINATOR=localhost:$port
 
 set -m  # process groups of their own: Ctrl-C reaches this script alone, which passes it on
-label() { trap '' INT TERM; exec sed -u "/^\[Gloo\] Rank/d; s/^/[$1] /"; }
+label() { trap '' INT TERM USR1; exec sed -u "/^\[Gloo\] Rank/d; s/^/[$1] /"; }
 pids=()
 for ((i = 0; i < HERD_NUM_PROCESSES; i++)); do
     HERD_PROCESS_ID=$i "$python" -m herd_jax.train "$@" > >(label "$i") 2> >(label "$i" >&2) &
@@ -36,6 +36,7 @@ for ((i = 0; i < HERD_NUM_PROCESSES; i++)); do
 done
 trap 'kill -INT "${pids[@]}" 2>/dev/null' INT
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+trap 'kill -USR1 "${pids[@]}" 2>/dev/null' USR1
 
 status=0 killer=""
 while ((${#pids[@]})); do

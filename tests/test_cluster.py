@@ -1,6 +1,7 @@
 """Where a process stands among those of a run, by launcher; and the roll call: what it refuses, in whose words, and what it tells later."""
 
 import dataclasses
+import resource
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from herd_jax.cluster import FIRST_PORT, Place, code_hash, find_place
 from herd_jax.errors import PEER_LOST, USER_ERROR, UserError
-from herd_jax.roll_call import Hello, absence, answer_roll, call_roll, clash, difference
+from herd_jax.roll_call import Hello, _allow_open_files, absence, answer_roll, call_roll, clash, difference
 
 SLURM = {"SLURM_JOB_ID": "3000", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "5"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
@@ -130,6 +131,21 @@ def test_everyone_hears_what_is_wrong():
     assert set(errors) == {0, 1, 2} and all(words in error for error in errors.values())
     errors = errors_of(free_port(), 3, first, second)
     assert len(errors) == 2 and all("1 of 3 processes did not come within 3 s, number 2" in error for error in errors.values())
+
+
+@pytest.mark.parametrize("limits, raised_to", [((1024, 524288), 33_268), ((65_536, 524_288), None), ((1024, -1), 33_268), ((-1, -1), None)])
+def test_process_0_may_open_a_connection_to_each(limits, raised_to, monkeypatch):
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: raised.append(pair))
+    _allow_open_files(33_268, Hello(0, 16_384, "node0", {}, {}))
+    assert raised == ([(raised_to, limits[1])] if raised_to else [])
+
+
+def test_a_limit_of_open_files_that_is_too_low_is_named(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    with pytest.raises(UserError, match="process 0 on node0 may open 4096 files, and 16384 processes .* take 33268: raise its hard limit"):
+        call_roll(Hello(0, 16_384, "node0", {}, {}), 1, 1)
 
 
 def test_no_coordinator_or_another_program_in_its_place():

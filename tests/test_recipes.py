@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from herd_jax.config import read_command_line
+from herd_jax.config import read_command_line, to_dict
 from herd_jax.mesh import AXES
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.training.optimizer import learning_rate, make_optimizer
-from herd_jax.training.run import RunConfig, check_batches
+from herd_jax.training.run import RunConfig, check_batches, contradictions
+from herd_jax.training.stages import devices_of, stage_configs
 from herd_jax.training.state import State, StatePlan
 from herd_jax.training.step import BATCH_FIELDS, Steps
 
@@ -22,7 +23,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def read(size: str) -> tuple[RunConfig, AbstractMesh]:
     config = read_command_line(RunConfig, ["--config", str(CONFIGS / f"llama3_{size}.py")])
-    return config, AbstractMesh(tuple(getattr(config.mesh, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 4)
+    return config, abstract_mesh(config)
+
+
+def abstract_mesh(config: RunConfig) -> AbstractMesh:
+    return AbstractMesh(tuple(getattr(config.mesh, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 @pytest.mark.parametrize("size, peak, devices", [("405b", 8e-5, 8192), ("70b", 1.5e-4, 2048), ("8b", 3e-4, 256)])
@@ -39,9 +44,49 @@ def test_numbers_of_the_paper(size, peak, devices):
     assert sum(config.data.sources.values()) == pytest.approx(1)
 
 
+def test_annealing_continues_the_run():
+    """40M tokens are 3 steps; the mixture changes with the first of them; a checkpoint of the run itself goes on."""
+    (run, _), (annealed, _) = read("405b"), read("405b_anneal")
+    start = run.train.num_steps
+    rates = [float(learning_rate(annealed.optimizer)(step)) for step in range(start, start + 4)]
+    assert rates == pytest.approx([float(learning_rate(run.optimizer)(start)) * left / 3 for left in (3, 2, 1, 0)], rel=1e-4)
+    assert annealed.train.num_steps == start + 3 and annealed.checkpoint.keep == 3 and annealed.checkpoint.every_steps == 1
+    tokens = run.train.ramp.tokens_before(start)
+    assert [phase.from_tokens for phase in annealed.data.phases] == [tokens]
+    assert sum(annealed.data.phases[0].sources.values()) == pytest.approx(1)
+    assert not contradictions(to_dict(run), to_dict(annealed), tokens)
+
+
+def test_six_stages_to_128k():
+    """From row 2 of Table 4 to row 3; 800B tokens in steps of about 16M, the last of 15.6T; the rate goes on falling as before."""
+    config, _ = read("405b_long_context")
+    first, *stages = stage_configs(config)
+    assert len(stages) == 6 and devices_of(config).cp == 1
+    assert (first.mesh.cp, first.mesh.dp, first.train.seq_len) == (1, 128, 8192)
+    last = stages[-1]
+    assert (last.mesh.tp, last.mesh.cp, last.mesh.pp, last.mesh.dp) == (8, 16, 16, 8)
+    assert (last.train.seq_len, last.train.global_batch_size, last.train.num_micro_batches) == (131_072, 128, 16)
+    lengths, cps = ([get(stage) for stage in stages] for get in (lambda s: s.train.seq_len, lambda s: s.mesh.cp))
+    assert lengths == sorted(set(lengths)) and lengths[0] > 8192 and cps == sorted(cps)
+    totals = [stage.train.ramp.tokens_before(stage.train.num_steps) for stage in (first, *stages)]
+    assert sum(totals[1:]) == pytest.approx(800e9, rel=1e-3) and sum(totals) == pytest.approx(15.6e12, rel=1e-4)
+    ends = [(float(learning_rate(s.optimizer)(0)), float(learning_rate(s.optimizer)(s.train.num_steps))) for s in (first, *stages)]
+    assert all(end == pytest.approx(begin, rel=1e-4) for (_, end), (begin, _) in zip(ends, ends[1:]))
+    assert first.model.resolve().rope_scaling.factor == 1 and last.model.resolve().rope_scaling.factor == 8
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_long_stages_trace_at_full_size(number):
+    stage = stage_configs(read("405b_long_context")[0])[number]
+    trace(stage, abstract_mesh(stage))
+
+
 @pytest.mark.parametrize("size", ["405b", "70b", "8b"])
 def test_step_traces_at_full_size(size):
-    config, mesh = read(size)
+    trace(*read(size))
+
+
+def trace(config: RunConfig, mesh: AbstractMesh) -> None:
     model_config = config.model.resolve()
     model_config.check_mesh(mesh)
     check_batches(config.train.ramp, mesh)

@@ -51,6 +51,12 @@ def test_supervised_through_a_kill_and_a_preemption(base, uninterrupted, tmp_pat
     assert not list((workdir / "flight" / "seen").glob("*.json"))
 
 
+def test_steps_computed_twice_change_nothing_and_are_accounted_for(base, uninterrupted, tmp_path):  # noqa: F811
+    run(base, tmp_path / "run", "train.verify_every_steps=5")
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert read_goodput(tmp_path / "run").seconds["verification"] > 0 == read_goodput(uninterrupted).seconds["verification"]
+
+
 @pytest.mark.parametrize("field, words", [("data.sources=nowhere", "data source nowhere"), ("train.num_step=5", "unknown config key")])
 def test_an_error_of_the_user_is_not_tried_again(field, words, base, tmp_path):  # noqa: F811
     command = [sys.executable, "-m", "herd_jax.train", *arguments(base, tmp_path / "run", field)]

@@ -89,8 +89,8 @@ class LocalExecutor(LocalPipelineExecutor):
             return error
         if isinstance(error, BrokenProcessPool):
             return UserError(
-                f"a process of phase {self.phase_name} was killed, most likely for want of memory: the same command with fewer "
-                "--config.workers continues"
+                f"a process of phase {self.phase_name} was killed, most likely for want of memory: the same command with fewer workers "
+                "continues"
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"the disk is full, as task {rank} of {self.phase_name} found: make room, and the same command continues")

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from herd_jax.data.mixture import Mixture
 from herd_jax.data.ramp import Phase, Ramp
-from herd_jax.data.rows import DataConfig, TrainingRows, validation_rows
+from herd_jax.data.rows import DataConfig, TrainingRows
 from herd_jax.data.streams import TokenStream
 from herd_jax.parallel.context import zigzag_order
 
@@ -46,12 +46,9 @@ def mixture(config: DataConfig, ramp: Ramp, seq_len: int) -> Mixture:
     return Mixture([(ramp.rows_before(step, seq_len), of_phase) for step, of_phase in zip(steps, weights, strict=True)])
 
 
-def validation_batches(
-    config: DataConfig, streams: Sequence[TokenStream], phase: Phase, num_batches: int, sharding: NamedSharding
-) -> list["HostBatch"]:
-    """The same rows at every evaluation: at most `num_batches` of the size of a training batch; the last is filled up with masked rows."""
-    rows = validation_rows(streams, phase.seq_len, num_batches * phase.global_batch_size, config.document_mask)
-    return [read_batch(_Padded(rows), first, phase, sharding) for first in range(0, len(rows), phase.global_batch_size)]
+def validation_batches(rows: Sequence, phase: Phase, sharding: NamedSharding) -> Iterator["HostBatch"]:
+    """All rows, in batches of the size of a training batch; the last is filled up with masked rows."""
+    return (read_batch(_Padded(rows), first, phase, sharding) for first in range(0, len(rows), phase.global_batch_size))
 
 
 class HostBatch:

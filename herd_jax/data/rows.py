@@ -125,14 +125,17 @@ class TrainingRows:
 
 def validation_rows(
     streams: Sequence[TokenStream], seq_len: int, num_rows: int, document_mask: bool = True
-) -> grain.MapDataset:
-    """The same `num_rows` rows always, or all where there are fewer: an equal share from each stream, spaced evenly in it."""
-    sources = sorted((StreamRows(stream, seq_len, document_mask) for stream in streams), key=len)
-    chosen: list[tuple[StreamRows, int]] = []
-    for i, rows in enumerate(sources):  # what a short stream cannot give, the longer ones after it do
-        share = min(len(rows), (num_rows - len(chosen)) // (len(sources) - i))
-        chosen += [(rows, k * len(rows) // share) for k in range(share)]
-    return grain.MapDataset.source(chosen).map(lambda choice: choice[0][choice[1]])
+) -> list[grain.MapDataset]:
+    """Of each stream, the same rows always, spaced evenly in it: together `num_rows`, in equal shares, or all where there are fewer."""
+    sources = [StreamRows(stream, seq_len, document_mask) for stream in streams]
+    shares, left = [0] * len(sources), num_rows
+    for i, source in enumerate(sorted(range(len(sources)), key=lambda source: len(sources[source]))):
+        shares[source] = min(len(sources[source]), left // (len(sources) - i))  # what a short stream cannot give, the longer ones after it do
+        left -= shares[source]
+    return [
+        grain.MapDataset.source([k * len(rows) // share for k in range(share)]).map(rows.__getitem__)
+        for rows, share in zip(sources, shares, strict=True)
+    ]
 
 
 class StreamRows:

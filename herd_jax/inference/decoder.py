@@ -118,7 +118,7 @@ class Decoder:
 
                 def layer(x_BTD, slot=slot):
                     w = jax.tree.map(lambda a: a[0], weights["layers"][slot])
-                    return self._layer(w, x_BTD, rotation, functools.partial(attend, slot=slot))
+                    return self.layer(w, x_BTD, rotation, functools.partial(attend, slot=slot))
 
                 if num_stages == 1:
                     x_BTD, kept[slot] = layer(x_BTD)
@@ -132,7 +132,8 @@ class Decoder:
         logits_BV = jnp.dot(x_BD, weights["output"], preferred_element_type=jnp.float32)
         return collectives.all_gather(logits_BV, "tp", dim=1)[:, : self.config.vocab_size], kept
 
-    def _layer(self, w, x_BTD, rotation, attend):
+    def layer(self, w, x_BTD, rotation, attend):
+        """One layer; `attend(q, k, v) -> (o, to keep)`. Returns the activations and what was kept."""
         sum_over_tp = lambda x: collectives.all_reduce(x.astype(jnp.float32), "tp").astype(self.dtype)
         qkv = project(rms_norm(x_BTD, w["attention_norm"], self.config.norm_eps), w["qkv"])  # [B, T, K, G + 2, H]
         qk, v_BTKH = rotate(qkv[..., :-1, :], *rotation), qkv[..., -1, :]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from herd_jax.mesh import on_mesh
-from herd_jax.models.cross_entropy import cross_entropy_sum
+from herd_jax.models.cross_entropy import count_misses, cross_entropy_sum
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import collectives, data, pipeline
@@ -38,10 +38,16 @@ class Scorer:
         return logits[:, np.argsort(order)][:B, :S, : self.model.config.vocab_size]
 
     def loss(self, params, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Of each row of two ids or more: the sum, in nats, of the losses of its tokens after the first, each predicted from those before.
+        """Of each row of two ids or more: the sum, in nats, of the losses of its tokens after the first, each predicted from those before."""
+        return self._sums(self._loss, params, rows, [1] * len(rows))
 
-        Rows of similar length are computed together, so that every dp rank has work.
-        """
+    def misses(self, params, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
+        """Of each row: how many of its ids from `starts` on are not the likeliest after those before. 0 where greedy decoding of the ids before
+        `start` gives the others."""
+        return self._sums(self._misses, params, rows, starts)
+
+    def _sums(self, function, params, rows, starts) -> np.ndarray:
+        """Rows of similar length are computed together, so that every dp rank has work."""
         dp, sums = self.layout.mesh.shape["dp"], np.zeros(len(rows))
         size = lambda i: bucket(len(rows[i]) - 1)
         for num_targets, group in itertools.groupby(sorted(range(len(rows)), key=size), key=size):
@@ -50,9 +56,9 @@ class Scorer:
                 shape = (dp * bucket(-(-len(some) // dp), least=1), num_targets + 1)
                 ids_BS, mask_BS = np.zeros(shape, np.int32), np.zeros(shape, bool)
                 for row, i in enumerate(some):
-                    ids_BS[row, : len(rows[i])], mask_BS[row, : len(rows[i])] = rows[i], True
+                    ids_BS[row, : len(rows[i])], mask_BS[row, starts[i] : len(rows[i])] = rows[i], True
                 batch, _ = self._batch(ids_BS[:, :-1], mask_BS[:, 1:], ids_BS[:, 1:])
-                sums[some] = np.asarray(self._loss(params, batch))[: len(some)]
+                sums[some] = np.asarray(function(params, batch))[: len(some)]
         return sums
 
     @functools.cached_property
@@ -65,14 +71,23 @@ class Scorer:
 
     @functools.cached_property
     def _loss(self):
+        return self._row_sums(cross_entropy_sum)
+
+    @functools.cached_property
+    def _misses(self):
+        return self._row_sums(count_misses)
+
+    def _row_sums(self, function):
+        """Of each row, `function` (as `cross_entropy_sum`) of its targets."""
+
         def objective(hidden_BTD, output_DV, batch):
             def of_row(row):
                 hidden_TD, target_T, mask_T = row
-                return cross_entropy_sum(hidden_TD[None], output_DV, target_T[None], mask_T[None], self.model.config.vocab_size)
+                return function(hidden_TD[None], output_DV, target_T[None], mask_T[None], self.model.config.vocab_size)
 
-            return jnp.zeros(()), {"loss": jax.lax.map(of_row, (hidden_BTD, batch.targets_BT, batch.loss_mask_BT))}
+            return jnp.zeros(()), {"sum": jax.lax.map(of_row, (hidden_BTD, batch.targets_BT, batch.loss_mask_BT))}
 
-        whole_rows = lambda params, batch: collectives.all_reduce(self._run(objective, params, batch)["loss"], "cp")
+        whole_rows = lambda params, batch: collectives.all_reduce(self._run(objective, params, batch)["sum"], "cp")
         return self._jit(whole_rows, PartitionSpec("dp"))
 
     def _run(self, objective, params, batch):

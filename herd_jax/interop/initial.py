@@ -1,7 +1,6 @@
 """The weights of any known format as those that a training run begins with."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,6 +9,7 @@ from herd_jax.interop.load import load_params, open_source
 from herd_jax.interop.source import Source
 from herd_jax.models.config import ModelConfig
 from herd_jax.text.tokenizer import Tokenizer
+from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 
 
@@ -28,8 +28,8 @@ class InitialWeights:
         dimensions = {field.name: getattr(self.source.config, field.name) for field in dataclasses.fields(self.source.config)}
         return ModelConfig(**dimensions)
 
-    def load_params(self, steps: Steps) -> Any:
-        return load_params(self.source, steps.layout, steps.model.declared, jnp.float32)
+    def load_state(self, steps: Steps, seed: int) -> State:
+        return steps.plan.init(seed)._replace(params=load_params(self.source, steps.layout, steps.model.declared, jnp.float32))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         mine = self.source.tokenizer

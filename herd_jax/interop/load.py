@@ -18,8 +18,8 @@ PyTree = Any
 
 
 def open_source(path: str | Path) -> Source:
-    """The model at `path`, its format found by looking: a Hugging Face, Meta or herd directory, a GGUF file or the directory of one, or the
-    workdir of a training run. Raises UserError for what is none of them, or is damaged."""
+    """The model at `path`, its format found by looking: a Hugging Face, Meta or herd directory, a GGUF file or the directory of one, the
+    workdir of a training run, or one of its checkpoints. Raises UserError for what is none of them, or is damaged."""
     path = Path(path).expanduser()
     if path.is_file():
         with path.open("rb") as file:
@@ -33,6 +33,8 @@ def open_source(path: str | Path) -> Source:
         (huggingface.CONFIG_FILE, huggingface.open_huggingface),
         (meta.CONFIG_FILE, meta.open_meta),
         (workdir.CHECKPOINTS, workdir.open_workdir),
+        (workdir.RECORD, workdir.open_checkpoint),
+        (workdir.STAGES, workdir.open_stages),
     ):
         if (path / sign).exists():
             return opener(path)

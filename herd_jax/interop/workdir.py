@@ -1,4 +1,4 @@
-"""The newest checkpoint of a training run: its parameters, a few layers at a time, without the optimizer's state."""
+"""Checkpoints of a training run: the parameters of one, a few layers at a time, without the optimizer's state."""
 
 import dataclasses
 from pathlib import Path
@@ -6,29 +6,61 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from herd_jax.config import parse
 from herd_jax.errors import UserError
 from herd_jax.interop.mapping import parameters
 from herd_jax.interop.source import Source, tokenizer_in
 from herd_jax.training.checkpoint import Checkpointer
-from herd_jax.training.run import RunConfig
+from herd_jax.training.run import parse_saved
+from herd_jax.training.storage import Unreadable
+from herd_jax.training.timeline import STAGES, timelines
 
 CHECKPOINTS = "checkpoints"
+RECORD = "record"  # what every checkpoint's directory has in it
 _CHECKSUM_BLOCK = 1 << 18  # elements: what is computed of them stays in the processor's cache
 
 
 def open_workdir(workdir: Path) -> Source:
-    """Raises UserError where no checkpoint is, or none is readable."""
+    """The newest checkpoint of a run. Raises UserError where none is, or none is readable."""
     newest = Checkpointer(workdir / CHECKPOINTS, keep=1).newest()
     if newest is None:
         raise UserError(f"{workdir} has no readable checkpoint: train longer, or wait for the first one")
-    directory, record = newest
-    run = parse(RunConfig, record["config"])
+    return _source(workdir, workdir, *newest)
+
+
+def open_checkpoint(path: Path) -> Source:
+    """The checkpoint `WORKDIR/checkpoints/STEP`. Raises UserError where it is not readable."""
+    path = path.absolute()
+    try:
+        record = Checkpointer(path.parent, keep=1).read_record(int(path.name))
+    except (ValueError, Unreadable) as error:
+        raise UserError(f"{path} is no readable checkpoint of a training run ({error}): name another one") from error
+    return _source(path, path.parents[1], path / "state", record)
+
+
+def newest_checkpoints(workdir: Path, number: int) -> list[Path]:
+    """The directories of the `number` newest checkpoints of a run, oldest first. Raises UserError where it has fewer."""
+    steps = Checkpointer(workdir / CHECKPOINTS, keep=1).steps()
+    if len(steps) < number:
+        raise UserError(
+            f"{workdir} has checkpoints of {len(steps)} steps ({', '.join(map(str, steps)) or 'none'}), not of {number}: ask for fewer, "
+            "or train with a larger checkpoint.keep"
+        )
+    return [workdir / CHECKPOINTS / str(step) for step in steps[-number:]]
+
+
+def _source(path: Path, workdir: Path, directory: Path, record: dict) -> "CheckpointSource":
+    run = parse_saved(record["config"])
     context_length = max(phase.seq_len for phase in run.train.ramp.phases)
     tokenizer_path = tokenizer_in(workdir / "tokenizer")
     return CheckpointSource(
-        workdir, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"]
+        path, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"]
     )
+
+
+def open_stages(workdir: Path) -> Source:
+    """The newest stage of the run in `workdir` that has a checkpoint. Raises UserError where none has, or none is readable."""
+    directories = [timeline.parent for timeline in timelines(workdir)]
+    return open_workdir(next((stage for stage in reversed(directories) if any((stage / CHECKPOINTS).glob("[0-9]*"))), directories[0]))
 
 
 @dataclasses.dataclass(frozen=True)

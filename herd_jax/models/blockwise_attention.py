@@ -9,6 +9,7 @@ Method: "FlashAttention-2" (Dao, 2023), algorithms 1 and 2.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,23 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     outputs = jnp.zeros_like(q), jnp.zeros((B, K, N // K, q.shape[1]))
     o, lse_BKGT = lax.fori_loop(0, q.shape[1] // block, query_block, outputs)
     return o[:, :T], lse_BKGT
+
+
+def attention_over_ranges(q_BTNH: jax.Array, ranges: Sequence[tuple[jax.Array, jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+    """Attention of each query over several ranges of keys at once, forward only: o_BTNH.
+
+    Each of `ranges` is (k_BSKH, v_BSKH, start_BT, end_BT), as in `blockwise_attention`; the keys may be of different rows, and a query's
+    ranges must not overlap.
+    """
+    B, T, N, _ = q_BTNH.shape
+    outputs, lse = [], []
+    for k_BSKH, v_BSKH, start_BT, end_BT in ranges:
+        o_BTNH, lse_BKGT = _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+        lse_BTN = lse_BKGT[..., :T].reshape(B, N, T).swapaxes(1, 2)
+        outputs.append(o_BTNH.astype(jnp.float32))
+        lse.append(jnp.where((start_BT < end_BT)[..., None], lse_BTN, MASKED))
+    share_RBTN = jax.nn.softmax(jnp.stack(lse), axis=0)  # of each range in the sum of the exponentials
+    return sum(o_BTNH * share_BTN[..., None] for o_BTNH, share_BTN in zip(outputs, share_RBTN)).astype(q_BTNH.dtype)
 
 
 def _forward_with_residuals(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):

@@ -38,8 +38,24 @@ def _backward(vocab_size, gradients, cotangent):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient):
-    num_tokens, num_columns = target_BT.size, w_DV.shape[1]
+def count_misses(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """How many masked targets are not the likeliest token (of equally likely ones, the first): FP32 scalar, equal on every tp rank."""
+    num_columns = w_DV.shape[1]
+    column = lax.axis_index("tp") * num_columns + jnp.arange(num_columns)
+
+    def one_chunk(count, rows):
+        x_CD, target_C, mask_C = rows
+        logits_CV = jnp.where(column < vocab_size, jnp.dot(x_CD, w_DV, preferred_element_type=jnp.float32), -jnp.inf)
+        peak_C = collectives.all_max(logits_CV.max(-1), "tp")
+        first_C = -collectives.all_max(-jnp.where(logits_CV == peak_C[:, None], column, vocab_size).min(-1), "tp")
+        return count + (mask_C & (first_C != target_C)).sum(dtype=jnp.float32), None
+
+    return lax.scan(one_chunk, jnp.zeros(()), _chunks(x_BTD, target_BT, mask_BT))[0]
+
+
+def _chunks(*arrays_BT) -> tuple[jax.Array, ...]:
+    """Arrays [B, T, ...] as [chunks, tokens of a chunk, ...]; what fills up the last is 0."""
+    num_tokens = arrays_BT[0].shape[0] * arrays_BT[0].shape[1]
     num_chunks = -(-num_tokens // CHUNK_TOKENS)
     chunk = -(-num_tokens // num_chunks)
 
@@ -48,6 +64,13 @@ def _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient):
         padded = jnp.pad(flat, [(0, num_chunks * chunk - num_tokens)] + [(0, 0)] * (flat.ndim - 1))
         return padded.reshape(num_chunks, chunk, *flat.shape[1:])
 
+    return tuple(map(split, arrays_BT))
+
+
+def _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient):
+    num_tokens, num_columns = target_BT.size, w_DV.shape[1]
+    rows = _chunks(x_BTD, target_BT, mask_BT)
+    num_chunks = len(rows[0])
     column = lax.axis_index("tp") * num_columns + jnp.arange(num_columns)
 
     def one_chunk(carry, rows):
@@ -68,7 +91,6 @@ def _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient):
         return (loss, dw_DV), lax.dot_general(dlogits_CV, w_DV, (((1,), (1,)), ((), ())))
 
     dw_DV = jnp.zeros(w_DV.shape, jnp.float32) if with_gradient else jnp.zeros(())
-    rows = (split(x_BTD), split(target_BT), split(mask_BT))
     if num_chunks == 1:
         (loss, dw_DV), dx = one_chunk((jnp.zeros(()), dw_DV), jax.tree.map(lambda a: a[0], rows))
     else:

@@ -3,17 +3,18 @@
 What a message says never becomes a special token, whatever it spells, unless `allow_special`.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from herd_jax.errors import UserError
-from herd_jax.text.chat_template import render_template
+from herd_jax.text.chat_template import render_template, template_text
 from herd_jax.text.llama3_chat import is_llama3, parse_llama3, render_llama3, system_prompt
 from herd_jax.text.messages import Message, Rendered, ToolCall, check_json, read_dialog
 from herd_jax.text.protocol import Tokenizer
 from herd_jax.text.tool_calls import TOOL_FORMATS
 
-__all__ = ["Message", "Rendered", "ToolCall", "parse", "render", "system_prompt"]
+__all__ = ["Message", "Rendered", "ToolCall", "parse", "render", "render_text", "system_prompt"]
 
 
 def render(
@@ -47,6 +48,16 @@ def render(
         "the tokenizer has no chat template and is not of Llama 3, so there is no format for dialogs: "
         "take a chat model, or put its chat_template.jinja beside the tokenizer"
     )
+
+
+def render_text(dialog: Iterable[Message | Mapping[str, Any]], tokenizer: Tokenizer, add_assistant_header: bool = False) -> str:
+    """The dialog as the text that `render` encodes, special tokens spelled out: for programs that take prompts as text. Those that a
+    message spells can no longer be told from its own."""
+    if not is_llama3(tokenizer) and tokenizer.chat_template is not None:
+        return template_text(read_dialog(dialog), tokenizer, add_assistant_header)
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    runs = itertools.groupby(render(dialog, tokenizer, add_assistant_header).ids, names.__contains__)
+    return "".join("".join(map(names.get, ids)) if special else tokenizer.decode(list(ids)) for special, ids in runs)
 
 
 def parse(answer: Sequence[int] | str, tokenizer: Tokenizer) -> Message:

@@ -48,6 +48,11 @@ def render_template(
     return Rendered.join(_pieces(text, written, role_ends, tokenizer, restore), no_mask)
 
 
+def template_text(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
+    """What the template writes, special tokens that a message spells among its own."""
+    return _take_marks(_render(tokenizer, messages, [], add_generation_prompt, {}))[0]
+
+
 def _pieces(
     text: str, written: Sequence[Span], role_ends: Sequence[tuple[int, str]], tokenizer: Tokenizer, restore: StandIns
 ) -> Iterator[tuple[Sequence[int], str, bool]]:

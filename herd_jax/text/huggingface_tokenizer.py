@@ -38,7 +38,17 @@ class HuggingFaceTokenizer(Tokenizer):
             self.byte_fallback_ids = frozenset(i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name))
         files = {"tokenizer.json": data, **beside}
         super().__init__(max(vocabulary.values()) + 1, special, *(vocabulary.get(name) for name in (bos, eos, pad)), files)
+        self._added = frozenset(added)
+        self._is_byte_level = '"ByteLevel"' in steps.get("decoder", "")  # each character of a token's name is a byte
         self.adds_bos = self._tokenizer.encode("a").ids[:1] == [self.bos_id] or config.get("add_bos_token") is True
+
+    def num_bytes(self, token_id: int) -> int:
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None or name in self.special_ids:
+            return 0
+        if self._is_byte_level and token_id not in self._added:
+            return len(name)
+        return 1 if token_id in self.byte_fallback_ids else len(name.replace("\u2581", " ").encode())
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

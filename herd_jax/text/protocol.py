@@ -87,10 +87,17 @@ class Tokenizer(abc.ABC):
         return self._special_pattern.split(text) if self._special_pattern else [text]
 
     def save(self, directory: str | Path) -> None:
-        """Writes the tokenizer's files into `directory`, which `load_tokenizer` then accepts."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
-            (Path(directory) / name).write_bytes(content)
+        """Writes the tokenizer's files into `directory`, which `load_tokenizer` then accepts. Raises UserError where that cannot be.
+
+        What is there already is left alone, and so survives a disk that has become full.
+        """
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            for path, content in ((Path(directory) / name, content) for name, content in self._files.items()):
+                if not path.is_file() or path.read_bytes() != content:
+                    path.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"cannot write the tokenizer to {directory} ({error.strerror}): mend that, or choose another place") from error
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -103,6 +110,10 @@ class Tokenizer(abc.ABC):
         encode_rest = self.encode_continuation if self.adds_space_once else self._encode_text
         encoded = (encode_rest(part) if i % 2 else [self.special_ids[part]] for i, part in enumerate(rest))
         return [*self._encode_text(first), *itertools.chain.from_iterable(encoded)]
+
+    @abc.abstractmethod
+    def num_bytes(self, token_id: int) -> int:
+        """How many UTF-8 bytes of a text the token stands for, a part of a character included; 0 for special tokens."""
 
     @abc.abstractmethod
     def _encode_text(self, text: str) -> list[int]: ...

@@ -22,6 +22,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_as_bytes = space_as_bytes if is_exact else None
         super().__init__(processor.vocab_size(), special, bos_id, eos_id, pad_id, {"tokenizer.model": data, **beside})
 
+    def num_bytes(self, token_id: int) -> int:
+        if self._processor.is_control(token_id):
+            return 0
+        return 1 if self._processor.is_byte(token_id) else len(self._processor.id_to_piece(token_id).replace("\u2581", " ").encode())
+
     def _encode_text(self, text: str) -> list[int]:
         if self._space_as_bytes is None or "\u2581" not in text:
             return self._processor.encode(text)

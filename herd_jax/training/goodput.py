@@ -6,15 +6,19 @@ the time between the last line of one start and the next start is downtime, toge
 written; so are the imports of a restarted program.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import math
+import time
 from pathlib import Path
+
+import jax
 
 from herd_jax.errors import UserError
 from herd_jax.figure import figure_file
-from herd_jax.training.timeline import FILE, PHASES
+from herd_jax.training.timeline import PHASES, Timeline, timelines
 
 CAUSES = ("productive", "lost work", *(phase for phase in PHASES if phase != "step"), "downtime")
 
@@ -60,16 +64,40 @@ class Goodput:
         ]
 
 
-def read_goodput(workdir: str | Path) -> Goodput:
-    """Of the run in `workdir`, which may be going on. Raises UserError where nothing is recorded."""
-    path = Path(workdir) / FILE
+class GoodputSoFar:
+    """The fraction of a run that goes on, for its metrics: made where `timeline` has begun at `step`, when all that was before is read.
+
+    After that it costs nothing. Only process 0 knows it.
+    """
+
+    def __init__(self, workdir: Path, timeline: Timeline, step: int) -> None:
+        self._timeline, self._stepped_before = timeline, timeline.stepped_seconds()
+        self._birth, self._productive = timeline.birth, 0.0
+        if jax.process_index() == 0:
+            with contextlib.suppress(UserError):  # this is the first start
+                before = read_goodput(workdir, step)
+                self._birth, self._productive = before.intervals[0].start, before.seconds["productive"]
+
+    def fraction(self) -> float | None:
+        if jax.process_index() != 0:
+            return None
+        stepped = self._timeline.stepped_seconds() - self._stepped_before
+        return (self._productive + stepped) / max(time.time() - self._birth, 1e-9)
+
+
+def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput:
+    """Of the run in `workdir`, which may be going on: or from step `continued_at`, after which the steps recorded are lost.
+
+    Raises UserError where nothing is recorded.
+    """
+    path = timelines(Path(workdir))[0]
     if not path.exists():
         raise UserError(f"{path} does not exist: name the workdir of a run that was started")
-    lines = [line for line in map(_parse, path.read_text(encoding="utf-8", errors="replace").split("\n")) if line]
+    lines = read_timeline(workdir)
     if not lines:
         raise UserError(f"{path} has no complete line yet: wait for the run to begin")
     intervals: list[Interval] = []
-    for line, redone_from in zip(lines, _redone_from(lines), strict=True):
+    for line, redone_from in zip(lines, _redone_from(lines, continued_at), strict=True):
         end = line["time"]
         if "start" in line and intervals and line["start"] > intervals[-1].end:
             gap = (intervals[-1].end, line["start"])
@@ -80,6 +108,17 @@ def read_goodput(workdir: str | Path) -> Goodput:
         seconds |= {"productive": stepped - lost, "lost work": lost}
         intervals.append(Interval(end - sum(line["seconds"].values()), end, line["to"], seconds))
     return Goodput(tuple(intervals), sum("start" in line for line in lines))
+
+
+def read_timeline(workdir: str | Path) -> list[dict]:
+    """The complete lines of the run in `workdir`, oldest first; steps are counted over all of its stages."""
+    lines, before = [], 0
+    for path in timelines(Path(workdir)):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        stage = [line for line in map(_parse, text.split("\n")) if line]
+        lines += [{**line, "from": before + line["from"], "to": before + line["to"]} for line in stage]
+        before = max([before, *(line["to"] for line in lines)])
+    return lines
 
 
 def furthest_step(workdir: str | Path) -> int:
@@ -116,9 +155,9 @@ def draw(goodput: Goodput, path: str | Path) -> None:
         bottom.legend(ncols=5, fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.6))
 
 
-def _redone_from(lines: list[dict]) -> list[float]:
-    """For each line, the lowest step from which a later line began: the steps above it were computed again."""
-    lowest, found = math.inf, []
+def _redone_from(lines: list[dict], continued_at: float) -> list[float]:
+    """For each line, the lowest step from which a later line, or the run at last, began: the steps above it are computed again."""
+    lowest, found = continued_at, []
     for line in reversed(lines):
         found.append(lowest)
         lowest = min(lowest, line["from"])

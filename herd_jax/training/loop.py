@@ -5,13 +5,12 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
-import numpy as np
 
 from herd_jax.config import to_dict
-from herd_jax.data.batches import TrainingBatches, validation_batches
+from herd_jax.data.batches import TrainingBatches
 from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
 from herd_jax.errors import StartAgain, UserError
 from herd_jax.hardware import peak_flops
@@ -19,7 +18,8 @@ from herd_jax.mesh import make_mesh
 from herd_jax.models.params import count
 from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.compilation import kept_compilations
-from herd_jax.training.goodput import read_goodput
+from herd_jax.training.corruption import Verification
+from herd_jax.training.goodput import GoodputSoFar, read_goodput
 from herd_jax.training.metrics import Console, MetricsWriter
 from herd_jax.training.numerics import Numerics
 from herd_jax.training.pulse import OWN_TIMES, Pulse, Signals, Stragglers, host_names
@@ -28,14 +28,15 @@ from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 from herd_jax.training.tiers import TieredCheckpointer
 from herd_jax.training.timeline import Timeline
+from herd_jax.training.validation import Validation
 from herd_jax.training.watchdog import Watchdog
 
 
 class Initial(Protocol):
-    """Weights to begin with."""
+    """What a run begins with."""
 
-    def load_params(self, steps: Steps) -> Any:
-        """FP32, as the steps store them."""
+    def load_state(self, steps: Steps, seed: int) -> State:
+        """The state before the first step; what is not given is as `seed` has it."""
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError where the weights belong to another tokenizer."""
@@ -75,7 +76,9 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
         console = stack.enter_context(Console(config.train.num_steps))
         console.message(describe(config, steps, sum(stream.num_tokens for stream in streams), first_step))
         numerics = Numerics(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
-        run = _Run(config, steps, checkpointer, writer, console, held_out, timeline, signals, numerics, initial)
+        validation = Validation(config, steps, held_out, tokenizer)
+        goodput = GoodputSoFar(workdir, timeline, first_step)
+        run = _Run(config, steps, checkpointer, writer, console, validation, timeline, signals, numerics, initial, goodput)
         run.train(state, first_step, batches)
         timeline.enter("checkpoint stall")
         checkpointer.wait()
@@ -99,8 +102,7 @@ def restore(
             )
     restored = checkpointer.restore(steps.plan.abstract_canonical(), last_step)
     if restored is None:
-        fresh = steps.plan.init(config.seed)
-        return (fresh._replace(params=initial.load_params(steps)) if initial else fresh), {"step": 0}
+        return (initial.load_state(steps, config.seed) if initial else steps.plan.init(config.seed)), {"step": 0}
     return steps.plan.from_canonical(restored.state), restored.position
 
 
@@ -134,11 +136,12 @@ class _Run:
     checkpointer: TieredCheckpointer
     writer: MetricsWriter
     console: Console
-    held_out: list
+    validation: Validation
     timeline: Timeline
     signals: Signals
     numerics: Numerics
     initial: Initial | None
+    goodput: GoodputSoFar
     num_skipped: int = 0  # since the last look
     leave_out: dict[int, int] = dataclasses.field(default_factory=dict)  # after which step which batches: until that of the second step
     last_done: float = 0.0  # when the devices finished a step (of time.perf_counter)
@@ -149,7 +152,9 @@ class _Run:
             self.console.message(f"nothing to do: {first_step} steps are done and train.num_steps is {num_steps}")
             return
         self.peak = peak_flops(jax.local_devices()[0], jax.local_device_count())
-        pulse, stragglers = Pulse(self.steps.layout.mesh), Stragglers(host_names())
+        pulse, hosts = Pulse(self.steps.layout.mesh), host_names()
+        stragglers = Stragglers(hosts)
+        verification = Verification(config.train.verify_every_steps, self.steps, hosts, first_step, timeline)
         own_times = dict.fromkeys(OWN_TIMES, 0.0)  # of the step under way
         pending: list[dict] = []  # metrics of the steps since the last look at them, still on their way
         waited, since = 0.0, time.perf_counter()
@@ -176,10 +181,11 @@ class _Run:
             if compiles and (beat := pulse.read(sent)).stop:
                 break  # rather than compile first
             own_times, start = dict.fromkeys(OWN_TIMES, 0.0), time.perf_counter()
+            compute = self.steps.train
             if self.numerics.limits_steps:
-                state, metrics = self.steps.train_within(state, batch, self.numerics.limits(step + 1))
-            else:
-                state, metrics = self.steps.train(state, batch)
+                limits = self.numerics.limits(step + 1)
+                compute = lambda state, batch: self.steps.train_within(state, batch, limits)
+            state, metrics = verification.take(step + 1, compute, state, batch)
             own_times["own work"] = 0.0 if compiles else time.perf_counter() - start
             pending.append(metrics)
             step += 1
@@ -200,14 +206,16 @@ class _Run:
                 pending, waited, since = [], 0.0, time.perf_counter()
             elif looks:
                 values = self.look(pending, step, since, waited)
-                val_loss = self.evaluate(state, ramp.phase_at(step - 1), values, step) if evaluates else None
+                if evaluates:
+                    timeline.enter("evaluation", step)
+                    values |= self.validation.metrics(state.params, ramp.phase_at(step - 1))
                 self.writer.write(step, values)
                 self.console.update(step, values)
                 for line in stragglers.report(values["step_time_s"]):
                     self.console.message(line)
                 if saves:
                     durable = last or config.checkpoint.is_durable(step)
-                    own_times["checkpoint"] = self.save(state, step, val_loss, durable)
+                    own_times["checkpoint"] = self.save(state, step, values.get("val_loss"), durable)
                     saved = step if durable else saved
                 pending, waited, since = [], 0.0, time.perf_counter()
             if beat.stop:
@@ -263,6 +271,7 @@ class _Run:
         left_out = f"the batches of steps {target + 1} to {bad_step} are left out"
         self.console.message(f"the loss or its gradient is {wrong}: back to step {target}, {left_out}")
         self.timeline.begin(position["step"])
+        self.goodput = GoodputSoFar(Path(self.config.workdir), self.timeline, position["step"])
         return state, position["step"]
 
     def look(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
@@ -276,23 +285,10 @@ class _Run:
         newest = pending[-1]
         values = {name: float(newest[name]) for name in ("loss", "grad_norm", "learning_rate")}
         values |= {"tokens": tokens, "tokens_per_second": rate, "mfu": flops / self.peak if self.peak else None}
-        values |= {"step_time_s": elapsed / len(pending), "input_wait_fraction": waited / elapsed}
+        values |= {"step_time_s": elapsed / len(pending), "input_wait_fraction": waited / elapsed, "goodput": self.goodput.fraction()}
         if self.num_skipped:
             values["skipped_steps"], self.num_skipped = self.num_skipped, 0
         return values
-
-    def evaluate(self, state: State, phase, values: dict, step: int) -> float:
-        """Validation loss in nats per token, written into `values` together with bits per byte (at the split's mean bytes a token)."""
-        self.timeline.enter("evaluation", step)
-        found = [
-            self.steps.evaluate(state.params, batch.to_devices(self.steps.batch_sharding))
-            for batch in validation_batches(self.config.data, self.held_out, phase, self.config.eval.num_batches, self.steps.batch_sharding)
-        ]
-        loss, num_targets = (float(np.sum([float(sums[name]) for sums in found])) for name in ("loss", "num_targets"))
-        val_loss = loss / num_targets
-        tokens_per_byte = sum(s.num_tokens for s in self.held_out) / sum(s.num_bytes for s in self.held_out)
-        values |= {"val_loss": val_loss, "val_bits_per_byte": val_loss * tokens_per_byte / math.log(2)}
-        return val_loss
 
     def save(self, state: State, step: int, val_loss: float | None, durable: bool = True) -> float:
         """Returns once the state is copied; the seconds that this took."""

@@ -1,49 +1,55 @@
 """Where a run's numbers go: a JSON line a logged step, TensorBoard, one live line on the console.
 
-What the numbers are, and when they are computed, is the loop's business. Only process 0 writes.
+What the numbers are, and when they are computed, is the loop's business. Only process 0 writes. A full disk costs lines, not the run.
 """
 
-import contextlib
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from herd_jax.errors import UserError
+from herd_jax.training.appender import Appender
 
 
 class MetricsWriter:
     """Appends to `WORKDIR/metrics.jsonl` and to an event file of TensorBoard under `WORKDIR/tensorboard`.
 
     A run that resumes after `resume_step` computes the steps that follow once more: lines of later steps, and a line torn by a
-    crash, are dropped first; TensorBoard hides its points of those steps. Raises UserError where the disk refuses.
+    crash, are dropped first; TensorBoard hides its points of those steps. Raises UserError where the files cannot be opened.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int) -> None:
         self._lines = self._events = None
         self._workdir = Path(workdir)
         if jax.process_index() == 0:
-            with self._writing():
-                board = self._workdir / "tensorboard"
-                board.mkdir(parents=True, exist_ok=True)
-                path = self._workdir / "metrics.jsonl"
+            path, board = self._workdir / "metrics.jsonl", self._workdir / "tensorboard"
+            try:
                 if path.exists():
                     _drop_steps_after(path, resume_step)
-                self._lines = path.open("a", encoding="utf-8")
-                # Not SummaryWriter: when its thread dies of a full disk, its queue makes the run wait forever.
-                self._events = EventsWriter(str(board / "events"), filename_suffix=f".{resume_step}")
-                self._events.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+                self._lines = Appender(path)
+                # Not tensorboardX's writers, which a full disk ends, or makes wait forever.
+                name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{resume_step}"
+                self._events = Appender(board / name)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write metrics in {self._workdir} ({error.strerror}): mend that and give the same command again;"
+                    " what was written before is intact"
+                ) from error
+            start = Event(step=resume_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+            self._events.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")) + _record(start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records the values of a step; one that is not finite becomes null in the line, and no point on TensorBoard."""
@@ -51,28 +57,14 @@ class MetricsWriter:
             return
         finite = {name: _finite(value) for name, value in values.items()}
         points = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items() if value is not None]
-        with self._writing():
-            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-            self._lines.flush()
-            self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=points)))
-            self._events.flush()
+        self._lines.append((json.dumps({"step": step, **finite}) + "\n").encode())
+        self._events.append(_record(Event(step=step, wall_time=time.time(), summary=Summary(value=points))))
 
     def close(self) -> None:
         """Closes both files."""
         if self._lines is not None:
-            with self._writing():
-                self._lines.close()
-                self._events.close()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"cannot write metrics in {self._workdir} ({error.strerror}): mend that and give the same command again;"
-                " what was written before is intact"
-            ) from error
+            self._lines.close()
+            self._events.close()
 
 
 class Console:
@@ -140,19 +132,25 @@ def _finite(value: float | None) -> float | None:
 
 
 def _drop_steps_after(path: Path, resume_step: int) -> None:
-    """Rewrites the file, atomically, without the lines of later steps and those that a crash tore."""
-    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if _step_of(line) <= resume_step]
-    rewritten = path.with_name(f"{path.name}.new")
-    with rewritten.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    rewritten.replace(path)
+    """Cuts the file off where a later step, or what a crash tore at its end, begins: that takes no room on the disk."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    num_kept = next((i for i, step in enumerate(steps) if step is not None and step > resume_step), len(lines))
+    while num_kept and steps[num_kept - 1] is None:
+        num_kept -= 1
+    os.truncate(path, sum(map(len, lines[:num_kept])))
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity for a torn one."""
+def _step_of(line: bytes) -> float | None:
+    """The step of a line of metrics; None for a torn one."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):
-        return math.inf
+        return None
+
+
+def _record(event: Event) -> bytes:
+    """As TensorBoard's files have it: length, checksum, event, checksum."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

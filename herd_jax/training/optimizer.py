@@ -1,4 +1,5 @@
-"""AdamW with decay on matrices only, warmup and cosine to a floor, clipping by the global norm over all mesh axes (facts: section E)."""
+"""AdamW with decay on matrices only; warmup, cosine to a floor, annealing to 0; clipping by the global norm over all mesh axes (facts:
+section E)."""
 
 import dataclasses
 import math
@@ -16,12 +17,18 @@ from herd_jax.parallel import collectives
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Rates are per step; `warmup_steps` are counted in `decay_steps`, at whose end the rate has reached its floor."""
+    """Rates are per step; `warmup_steps` are counted in `decay_steps`, at whose end the rate has reached its floor.
+
+    Annealing (section 3.4.3): after step `anneal_from` the rate falls linearly, from what it is there to 0 at the end of `anneal_steps`
+    (0: it does not).
+    """
 
     peak_learning_rate: float = 3e-4
     final_learning_rate: float = 3e-6
     warmup_steps: int = 100
     decay_steps: int = 1000
+    anneal_from: int = 0
+    anneal_steps: int = 0
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     b1: float = 0.9
@@ -39,13 +46,26 @@ class OptimizerConfig:
             raise UserError(f"optimizer.clip_norm is {self.clip_norm}: it must be positive (inf: no clipping)")
         if not 0 <= self.warmup_steps <= self.decay_steps:
             raise UserError(f"optimizer.warmup_steps {self.warmup_steps} must lie between 0 and optimizer.decay_steps {self.decay_steps}")
+        if self.anneal_steps < 0:
+            raise UserError(f"optimizer.anneal_steps is {self.anneal_steps}: it must be 1 or more, or 0 for no annealing")
+        if self.anneal_steps and self.anneal_from < self.warmup_steps:
+            raise UserError(
+                f"optimizer.anneal_from {self.anneal_from} lies before the end of optimizer.warmup_steps {self.warmup_steps}: anneal later, "
+                "or without warmup"
+            )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, constant from there."""
+    """Linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, constant from there; annealed."""
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
+        if config.anneal_steps:
+            left = jnp.clip((config.anneal_from + config.anneal_steps - step) / config.anneal_steps, 0, 1)
+            return left * scheduled(jnp.minimum(step, config.anneal_from))
+        return scheduled(step)
+
+    def scheduled(step):
         warm = config.peak_learning_rate * step / max(config.warmup_steps, 1)
         progress = (step - config.warmup_steps) / max(config.decay_steps - config.warmup_steps, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from herd_jax.config import differences
+from herd_jax.config import differences, parse
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig
 from herd_jax.errors import UserError
@@ -19,6 +19,7 @@ from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training.checkpoint import CheckpointConfig
 from herd_jax.training.numerics import ON_SPIKE
 from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
+from herd_jax.training.stage_config import GateConfig, StageConfig, check_order
 from herd_jax.training.state import StatePlan
 from herd_jax.training.step import Steps
 from herd_jax.training.watchdog import WatchdogConfig
@@ -38,13 +39,18 @@ class PhaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`global_batch_size` in sequences a step. `phases`, where given, replace it and `seq_len`, as the tokens trained on grow."""
+    """`global_batch_size` in sequences a step. `phases`, where given, replace it and `seq_len`, as the tokens trained on grow.
+
+    `stages`, where given, say instead of `num_steps` and `seq_len` how long the run is (`phases` are then the ramp of the first).
+    """
 
     num_steps: int = 1000
     global_batch_size: int = 32
     seq_len: int = 512
     num_micro_batches: int = 1
     phases: tuple[PhaseConfig, ...] = ()
+    stages: tuple[StageConfig, ...] = ()
+    gate: GateConfig = GateConfig()  # after each stage
     compute_dtype: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     attention: str = "auto"  # auto | dense | blockwise | tokamax | cudnn
     remat: str = "none"  # none | attention | layer: what the backward recomputes
@@ -52,6 +58,7 @@ class TrainConfig:
     on_spike: str = "stop"  # stop | skip | rewind, where the loss or its gradient is not finite or a spike (herd_jax/training/numerics.py)
     spike_factor: float = math.inf  # a spike is above the median + so many interquartile ranges; inf: only what is not finite
     spike_window: int = 100  # of so many steps
+    verify_every_steps: int = 0  # so often a step is computed twice and must give the same bits; 0: never (herd_jax/training/corruption.py)
     watchdog: WatchdogConfig = WatchdogConfig()
     compilation_cache: bool = True  # compiled programs are kept in the workdir
 
@@ -60,13 +67,28 @@ class TrainConfig:
             raise UserError(f"train.num_steps is {self.num_steps}: it must be 1 or more")
         if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
             raise UserError(f"train.compute_dtype is '{self.compute_dtype}': it must be one of auto, {', '.join(COMPUTE_DTYPES)}")
-
+        if self.verify_every_steps < 0:
+            raise UserError(f"train.verify_every_steps is {self.verify_every_steps}: it must be 1 or more, or 0 for never")
         if self.on_spike not in ON_SPIKE:
             raise UserError(f"train.on_spike is '{self.on_spike}': it must be one of {', '.join(ON_SPIKE)}")
         if not self.spike_factor > 0:
             raise UserError(f"train.spike_factor is {self.spike_factor}: it must be more than 0 (inf: only what is not finite)")
         if self.spike_window < 4:
             raise UserError(f"train.spike_window is {self.spike_window}: it must be 4 or more, to have quartiles")
+        if self.stages:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        check_order(self.stages)
+        first = self.stages[0]
+        for name, implied in (("num_steps", ()), ("seq_len", (first.seq_len,))):
+            if getattr(self, name) not in (TrainConfig.__dataclass_fields__[name].default, *implied):
+                raise UserError(f"train.{name} is {getattr(self, name)} and train.stages say it stage by stage: leave train.{name} out")
+        if self.phases and (self.phases[-1].seq_len != first.seq_len or first.global_batch_size or first.num_micro_batches):
+            raise UserError(
+                f"train.phases, the ramp of the first of train.stages, must end with its seq_len {first.seq_len}, and that stage must leave "
+                "its batch to them: change one of them"
+            )
 
     @property
     def ramp(self) -> Ramp:
@@ -118,6 +140,22 @@ class RunConfig:
             raise UserError("workdir is empty: give the run a directory with --config.workdir=DIR")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must be 0 or more")
+        if self.optimizer.anneal_steps and self.train.stages:
+            raise UserError("optimizer.anneal_steps ends a run and train.stages are several: continue the last stage's own workdir to anneal it")
+        end = self.optimizer.anneal_from + self.optimizer.anneal_steps
+        if self.optimizer.anneal_steps and self.train.num_steps > end:
+            raise UserError(
+                f"train.num_steps is {self.train.num_steps} and the learning rate is 0 from step {end} on, the end of optimizer.anneal_steps: "
+                f"set train.num_steps to at most {end}"
+            )
+
+
+GONE = ("skip_nonfinite",)  # of `train`: earlier checkpoints have them in their configs
+
+
+def parse_saved(config: dict) -> RunConfig:
+    """The config that a checkpoint keeps, without what is gone since; what is new has its default."""
+    return parse(RunConfig, {**config, "train": {name: value for name, value in config["train"].items() if name not in GONE}})
 
 
 # A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
@@ -127,11 +165,18 @@ SETTLED = ("seed", "model", "data", "optimizer", "train.global_batch_size", "tra
 def contradictions(saved: dict, config: dict, tokens: int) -> list[str]:
     """The fields of a run's config (as `to_dict` has it) that contradict those that its checkpoint, after `tokens` tokens, was made with."""
 
+    num_steps = parse(TrainConfig, config["train"]).ramp.step_at(tokens)
+
     def settled(config: dict) -> dict:
-        """Without what has changed no result so far: numbers of micro-batches, and changes of the mixture that are still to come."""
+        """Without what has changed no result so far: numbers of micro-batches, and what is still to come of the mixtures and of annealing."""
         ramp = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
         mixtures = [phase for phase in config["data"].get("phases", []) if phase["from_tokens"] < tokens]
-        return {**config, "train": {**config["train"], "phases": ramp}, "data": {**config["data"], "phases": mixtures}}
+        no_annealing = {"anneal_from": 0, "anneal_steps": 0}
+        optimizer = no_annealing | config["optimizer"]
+        if not optimizer["anneal_steps"] or num_steps <= optimizer["anneal_from"]:
+            optimizer |= no_annealing
+        train, data = {**config["train"], "phases": ramp}, {**config["data"], "phases": mixtures}
+        return {**config, "train": train, "data": data, "optimizer": optimizer}
 
     differing = differences(settled(saved), settled(config))
     return [name for name in differing if any(name == key or name.startswith(key + ".") for key in SETTLED)]

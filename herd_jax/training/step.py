@@ -17,6 +17,7 @@ from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import collectives, data, pipeline
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training import objectives
+from herd_jax.training.checksums import checksum
 from herd_jax.training.optimizer import OptimizerConfig, clip, global_norm, learning_rate
 from herd_jax.training.state import State, StatePlan
 
@@ -61,6 +62,18 @@ class Steps:
         """(params, batch) -> (mean loss, gradient sharded as the parameters): for tests."""
         return self._jit(self._gradient, (self.plan.specs.params, self._batch_specs), (PartitionSpec(), self.plan.specs.params))
 
+    @functools.cached_property
+    def fingerprint(self):
+        """(params, batch) -> uint32 [devices, leaves], on all devices: checksums of the loss and the gradient that each one (in the order of
+        `mesh.devices`) has before they are summed over (dp, cp); with gather 'layer', the gradient is summed already."""
+
+        def own(params, batch):
+            loss_sum, _, gradients = self._own_gradient(params, batch)
+            sums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves((loss_sum, gradients))])
+            return collectives.all_gather(sums[None], self.layout.mesh.axis_names, 0)
+
+        return self._jit(own, (self.plan.specs.params, self._batch_specs), PartitionSpec())
+
     @property
     def batch_sharding(self) -> NamedSharding:
         return NamedSharding(self.layout.mesh, BATCH_SPEC)
@@ -85,6 +98,14 @@ class Steps:
         return State(state.step + 1, params, keep(optimizer, state.optimizer)), metrics
 
     def _gradient(self, params, batch: dict):
+        loss_sum, num_targets, gradients = self._own_gradient(params, batch)
+        if self.gather == "step":
+            gradients = data.reduce_gradients(gradients, self.plan.specs.params)
+        gradients["ends"] = collectives.all_reduce(gradients["ends"], "pp")
+        return collectives.all_reduce(loss_sum, ("dp", "cp")) / jnp.maximum(num_targets, 1), gradients
+
+    def _own_gradient(self, params, batch: dict):
+        """This device's sum of losses, the number of targets of all, and this device's summand of the gradient."""
         num_targets = collectives.all_reduce(jnp.sum(batch["loss_mask"], dtype=jnp.float32), ("dp", "cp"))
         objective = objectives.next_token(self.model.config.vocab_size, 1 / jnp.maximum(num_targets, 1))
         program = self.model.program(self.layout.layers_per_stage, objective)
@@ -93,11 +114,7 @@ class Steps:
         sums, d_ends, d_layers = pipeline.value_and_gradient(
             program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange
         )
-        gradients = {"ends": d_ends, "layers": d_layers}
-        if self.gather == "step":
-            gradients = data.reduce_gradients(gradients, self.plan.specs.params)
-        gradients["ends"] = collectives.all_reduce(gradients["ends"], "pp")
-        return collectives.all_reduce(sums["loss"], ("dp", "cp")) / jnp.maximum(num_targets, 1), gradients
+        return sums["loss"], num_targets, {"ends": d_ends, "layers": d_layers}
 
     def _evaluate(self, params, batch: dict):
         program = self.model.program(self.layout.layers_per_stage, objectives.next_token(self.model.config.vocab_size, 1.0))

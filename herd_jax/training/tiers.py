@@ -7,6 +7,7 @@ durable one. The two newest are kept: a process begins to save only when all hav
 
 import math
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -36,8 +37,7 @@ class TieredCheckpointer:
         self._durable = Checkpointer(directory, config.keep)
         self._local = None
         if config.local_directory:
-            own = f"{_run_id(directory)}-{jax.process_index()}"  # of another run we never see one
-            self._local = Checkpointer(Path(config.local_directory) / own, LOCAL_KEEP, private=True)
+            self._local = Checkpointer(_local_directory(directory, config), LOCAL_KEEP, private=True)
         self._tiers = [tier for tier in (self._local, self._durable) if tier]  # of the same step, the local one is read
         self._failures = 0  # durable saves since the last one that was written
         self._last_failure: SaveFailed | None = None  # that no later save has made good
@@ -114,6 +114,17 @@ class TieredCheckpointer:
                 raise UserError(f"the last {MAX_FAILURES} saves all failed: {failed}") from failed
             self._last_failure = failed
         _report(failed)
+
+
+def delete_local(directory: Path, config: CheckpointConfig) -> None:
+    """Deletes this process's local checkpoints of the run in `directory`, which has come to its end."""
+    if config.local_directory:
+        shutil.rmtree(_local_directory(directory, config), ignore_errors=True)  # they may be gone
+
+
+def _local_directory(directory: Path, config: CheckpointConfig) -> Path:
+    """This process's own; of another run we never see one."""
+    return Path(config.local_directory) / f"{_run_id(directory)}-{jax.process_index()}"
 
 
 def _report(failed: SaveFailed) -> None:

@@ -6,21 +6,21 @@ the run also has when that was ("start"). `training.goodput` adds it up over all
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from herd_jax.errors import UserError
+from herd_jax.training.appender import Appender
 
 FILE = "goodput.jsonl"
-PHASES = ("init", "compile", "step", "input wait", "evaluation", "checkpoint stall", "hang")
+STAGES = "stages"
+PHASES = ("init", "compile", "step", "input wait", "evaluation", "checkpoint stall", "verification", "hang")
 STEPPING = ("step", "input wait")  # phases that alternate with every step
 NUM_KEPT_SPANS, NUM_KEPT_STEPS = 200, 101
 _SECONDS_BETWEEN_LINES = 5
@@ -36,33 +36,50 @@ class Span:
     seconds: float
 
 
-class Timeline:
-    """Made in the phase "init", which began at `start` (seconds since the epoch)."""
+def timelines(workdir: Path) -> list[Path]:
+    """Where a run writes its timeline: its workdir, or that of each stage which has begun, in order."""
+    stages = sorted((workdir / STAGES).glob("*-*"), key=lambda path: int(path.name.partition("-")[0]))
+    return [directory / FILE for directory in stages or [workdir]]
 
-    def __init__(self, workdir: Path, start: float) -> None:
+
+def note_evaluation(workdir: Path, step: int, start: float) -> None:
+    """Appends what was done from `start` (seconds since the epoch) until now, after the timeline was closed."""
+    timeline = Timeline(workdir, start, begins=False)
+    timeline.rename("evaluation")
+    timeline.begin(step)
+    timeline.close()
+
+
+class Timeline:
+    """Made in the phase "init", which began at `start` (seconds since the epoch): with a start of the run, or (begins=False) later."""
+
+    def __init__(self, workdir: Path, start: float, begins: bool = True) -> None:
         self.phase, self.step = "init", 0
         self.spans: collections.deque[Span] = collections.deque(maxlen=NUM_KEPT_SPANS)
         self.step_seconds: collections.deque[float] = collections.deque(maxlen=NUM_KEPT_STEPS)
         self.num_moves = 0  # signs of life; the watchdog sees whether there are new ones
         self._path, self._file = workdir / FILE, None
-        self._start = self._written = start
-        self._line: dict = {"start": start}
+        self.birth = self._start = self._written = start
+        self._line: dict = {"start": start} if begins else {}
         self._seconds: dict[str, float] = {}
+        self._stepped = 0.0  # seconds of steps, since it was made
         self._first_step = 0
         self._lock = threading.Lock()  # the watchdog writes the last line of a process that hangs
 
     def begin(self, step: int) -> None:
         """The run continues after `step` steps: those counted further are done again, and what they took is lost.
 
-        Raises UserError, as all that writes, where the disk refuses.
+        Raises UserError where the file cannot be opened; a full disk costs lines only.
         """
         self.flush()
         self.step = self._first_step = step
         if self._file is None and jax.process_index() == 0:
-            with self._writing():
-                self._file = self._path.open("a", encoding="utf-8")
-                if self._path.stat().st_size and not _ends_a_line(self._path):
-                    self._file.write("\n")  # after a line that a crash tore
+            try:
+                self._file = Appender(self._path)
+                if self._path.exists() and not _ends_a_line(self._path):
+                    self._file.append(b"\n")  # after a line that a crash tore
+            except OSError as error:
+                raise UserError(f"cannot write {self._path} ({error.strerror}): mend that and give the same command again") from error
 
     def enter(self, phase: str, step: int | None = None) -> float:
         """Ends the phase under way and begins the next; the seconds that the ended one took."""
@@ -87,6 +104,10 @@ class Timeline:
         """In seconds, of the newest steps; None before the second step."""
         return statistics.median(list(self.step_seconds)) if self.step_seconds else None
 
+    def stepped_seconds(self) -> float:
+        """Spent on steps since the timeline was made, also on the one under way."""
+        return self._stepped + (time.time() - self._start if self.phase == "step" else 0.0)
+
     def flush(self) -> None:
         """Writes a line of what has not been written."""
         with self._lock:
@@ -94,9 +115,7 @@ class Timeline:
                 return
             seconds = {phase: round(seconds, 4) for phase, seconds in self._seconds.items()}
             self._line |= {"time": self._start, "seconds": seconds, "from": self._first_step, "to": self.step}
-            with self._writing():
-                self._file.write(json.dumps(self._line) + "\n")
-                self._file.flush()
+            self._file.append((json.dumps(self._line) + "\n").encode())
             self._line, self._seconds, self._first_step, self._written = {}, {}, self.step, self._start
 
     def close(self) -> None:
@@ -112,19 +131,14 @@ class Timeline:
         seconds = max(now - self._start, 0.0)
         self.spans.append(Span(self.phase, self.step, self._start, seconds))
         self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + seconds
+        self._stepped += seconds if self.phase == "step" else 0.0
         self._start = now
         self.num_moves += 1
         return seconds
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write {self._path} ({error.strerror}): mend that and give the same command again") from error
-
 
 def _ends_a_line(path: Path) -> bool:
     with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        return file.read(1) in (b"", b"\n")

@@ -5,6 +5,7 @@ On a hang every process of a run waits in the same collective, and each one's wa
 the coordinator, because the coordinator's host may be the one that is gone.
 """
 
+import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -20,6 +21,7 @@ import jax
 
 from herd_jax.errors import HUNG, UserError
 from herd_jax.roll_call import AT_LOSS
+from herd_jax.training.appender import warn_of_loss
 from herd_jax.training.timeline import STEPPING, Timeline
 
 _POLL_SECONDS, _SEEN_SECONDS, _DUMP_SECONDS = 1.0, 10.0, 30.0
@@ -57,7 +59,6 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._config.enabled:
-            (self._directory / "seen").mkdir(parents=True, exist_ok=True)
             self._thread.start()
             AT_LOSS.append(self._at_loss)
         return self
@@ -67,7 +68,8 @@ class Watchdog:
         if self._config.enabled:
             AT_LOSS.remove(self._at_loss)
             self._thread.join()
-            self._seen_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a directory that could never be made
+                self._seen_file.unlink()
 
     def limit(self) -> float:
         """Seconds that the phase under way may take."""
@@ -115,25 +117,34 @@ class Watchdog:
         self._leave_record(sentence, self._timeline.phase)
 
     def _leave_record(self, reason: str, spent_on: str) -> None:
-        """Where the disk hangs too, the process ends without one."""
+        """Where the disk, or who reads stderr, hangs too, the process ends without one."""
         path = self._directory / f"step-{self._timeline.step}-process-{jax.process_index()}-{int(time.time())}.txt"
-        print(f"watchdog: {reason}; the flight record is {path}", file=sys.stderr, flush=True)
         dump = threading.Thread(target=self._dump, args=(path, reason, spent_on), daemon=True)
         dump.start()
         dump.join(_DUMP_SECONDS)
 
     def _dump(self, path: Path, reason: str, spent_on: str) -> None:
-        with path.open("w", encoding="utf-8") as file:
-            file.write(self.record(reason) + "\nstacks\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                file.write(self.record(reason) + "\nstacks\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = f"the flight record is {path}"
+        except OSError as error:
+            where = f"there is no flight record ({error.strerror})"
+        print(f"watchdog: {reason}; {where}", file=sys.stderr, flush=True)
         self._timeline.rename(spent_on)
         self._timeline.close()
 
     def _write_seen(self) -> None:
         timeline = self._timeline
         seen = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "step": timeline.step, "phase": timeline.phase}
-        self._seen_file.write_text(json.dumps(seen))
+        try:
+            self._seen_file.parent.mkdir(parents=True, exist_ok=True)
+            self._seen_file.write_text(json.dumps(seen))
+        except OSError as error:
+            warn_of_loss(self._seen_file, error)
 
     def _peers(self, now: float) -> list[str]:
         seen = []

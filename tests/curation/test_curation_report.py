@@ -18,11 +18,12 @@ from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import DUPLICATE, Duplicates
 from herd_jax.curation.execution import LocalExecutor, Phase
 from herd_jax.curation.reporting.data import SAMPLES, collect
-from herd_jax.curation.reporting.formats import element, printable, short
+from herd_jax.curation.reporting.formats import printable, short
 from herd_jax.curation.reporting.report import inspect
 from herd_jax.curation.staging import Load, Store, document_number
 from herd_jax.data.streams import StreamWriter
 from herd_jax.errors import UserError
+from herd_jax.page.markup import element
 
 TASKS, PER_TASK = 2, 20
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[31m\ud800&amp;"

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from herd_jax.data.batches import TrainingBatches, read_batch, validation_batches
 from herd_jax.data.ramp import Phase, Ramp
-from herd_jax.data.rows import DataConfig
+from herd_jax.data.rows import DataConfig, validation_rows
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.parallel.context import zigzag_order
@@ -156,10 +156,10 @@ def test_processes_read_only_their_own_rows(streams, mesh, num_processes):
 @pytest.mark.parametrize("mesh", [MESHES[0], MESHES[3]], ids=str)
 def test_validation_batches_are_filled_up(streams, mesh):
     """As many rows as there are, each once; what fills the last batch is masked and of no document."""
-    where = sharding(*mesh)
+    where, streams = sharding(*mesh), streams[:1]
     num_rows = sum(-(-(stream.num_tokens - 1) // 16) for stream in streams)
     assert num_rows % 8
-    found = [in_row_order(batch, where) for batch in validation_batches(DATA, streams, PHASE, 1000, where)]
+    found = [in_row_order(batch, where) for rows in validation_rows(streams, 16, 1000) for batch in validation_batches(rows, PHASE, where)]
     assert len(found) == -(-num_rows // 8)
     whole = {field: np.concatenate([batch[field] for batch in found]) for field in BATCH_FIELDS}
     tokens, segments, mask = whole["tokens"], whole["segment_ids"], whole["loss_mask"]
@@ -171,6 +171,7 @@ def test_validation_batches_are_filled_up(streams, mesh):
 
 def test_validation_batches_are_few_and_always_the_same(streams):
     where = sharding()
-    found = [[in_row_order(batch, where) for batch in validation_batches(DATA, streams, PHASE, 3, where)] for _ in range(2)]
+    rows = lambda: validation_rows(streams[:1], 16, 3 * PHASE.global_batch_size)[0]
+    found = [[in_row_order(batch, where) for batch in validation_batches(rows(), PHASE, where)] for _ in range(2)]
     assert len(found[0]) == 3 and all(batch["loss_mask"].any(1).all() for batch in found[0])
     assert_same(*found)

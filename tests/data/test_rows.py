@@ -135,8 +135,8 @@ def test_sources_come_as_often_as_their_weights(streams, weights):
 
 def test_validation_rows_are_shared_evenly_and_capped(streams):
     def first_tokens(num_rows):
-        rows = validation_rows(streams, 16, num_rows)
-        return [rows[i]["tokens"][0].item() for i in range(len(rows))]
+        sources = validation_rows(streams, 16, num_rows)
+        return [rows[i]["tokens"][0].item() for rows in sources for i in range(len(rows))]
 
     assert Counter(token >= 10_000 for token in first_tokens(8)) == {False: 4, True: 4}
     assert len(first_tokens(10_000)) == len(set(first_tokens(10_000))) == 19 + 9
@@ -147,7 +147,7 @@ def test_validation_rows_are_shared_evenly_and_capped(streams):
 
 
 def test_a_validation_stream_shorter_than_a_row_is_padded(streams):
-    rows = validation_rows(streams[1:], 1000, 5)
+    (rows,) = validation_rows(streams[1:], 1000, 5)
     assert len(rows) == 1
     row = rows[0]
     assert row["loss_mask"].sum() == 140 - 20

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.models import cross_entropy
-from herd_jax.models.cross_entropy import cross_entropy_sum
+from herd_jax.models.cross_entropy import count_misses, cross_entropy_sum
 from herd_jax.parallel import collectives
 
 
@@ -142,3 +142,21 @@ def test_logits_of_all_tokens_never_exist(with_gradient):
     shapes += ((1, num_tokens),) * 2
     compiled = function.lower(*map(jax.ShapeDtypeStruct, shapes, dtypes)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < num_tokens * vocab_size * 4 / 2
+
+
+@TP
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+def test_misses_are_masked_targets_that_are_not_the_likeliest(tp, chunk_tokens, monkeypatch):
+    """With half of the targets likeliest, and padded columns with huge logits."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", chunk_tokens)
+    x_BTD, w_DV, target_BT, mask_BT = make(3, 7, 6, 37)
+    x_BTD = np.abs(x_BTD)
+    likeliest_BT = (x_BTD @ w_DV).argmax(-1)
+    target_BT = np.where(np.arange(7) % 2, likeliest_BT, target_BT)
+    padded = np.pad(w_DV, ((0, 0), (0, -37 % tp)), constant_values=1e4)
+    mesh = make_mesh(MeshConfig(tp=tp, dp=1), jax.devices()[:tp])
+    count = lambda *arrays: count_misses(*arrays, 37)[None]
+    found = jax.shard_map(count, mesh=mesh, in_specs=(P(), P(None, "tp"), P(), P()), out_specs=P("tp"), check_vma=False)
+    expected = (mask_BT & (target_BT != likeliest_BT)).sum()
+    assert 0 < expected < mask_BT.sum()
+    assert (np.asarray(jax.jit(found)(x_BTD, padded, target_BT, mask_BT)) == expected).all()

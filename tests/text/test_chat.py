@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd_jax.errors import UserError
-from herd_jax.text.chat import Message, ToolCall, parse, render, system_prompt
+from herd_jax.text.chat import Message, ToolCall, parse, render, render_text, system_prompt
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SEARCH = ToolCall("brave_search", {"query": 'the "best"\n\\alpha price?'})
@@ -26,6 +26,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def spelled(ids: list[int], tokenizer: Tokenizer) -> str:
     return tokenizer._encoding.decode(ids)
+
+
+def test_a_dialog_as_text_is_what_its_ids_spell(small):
+    dialog = [{"role": "system", "content": "größte\n\n"}, {"role": "user", "content": " u "}]
+    assert render_text(dialog, small, add_assistant_header=True) == spelled(render(dialog, small, add_assistant_header=True).ids, small)
 
 
 def test_roles_and_loss_mask(small):

@@ -38,6 +38,22 @@ def test_round_trip_of_any_text(made, text):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n\t▁<s>the🙂日")))
+def test_bytes_of_tokens_are_those_of_the_text(made, text):
+    for tokenizer in made.values():
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        assert sum(map(tokenizer.num_bytes, ids)) == len(text.encode()), tokenizer
+
+
+@pytest.mark.parametrize("legacy", (True, False))
+def test_bytes_of_tokens_with_byte_fallback(legacy, tmp_path):
+    for tokenizer in (small_tokenizers.make_byte_fallback_huggingface(tmp_path, legacy), load_tokenizer(tmp_path / "llama2.model")):
+        for text in (*TEXTS[:3], TEXTS[4], PROBE):  # before which there may be a space that is none of theirs
+            num_bytes = sum(map(tokenizer.num_bytes, tokenizer.encode(text, bos=True, eos=True)))
+            assert num_bytes - len(text.encode()) in (0, 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_parsed_only_when_allowed(made, kind):
     tokenizer = made[kind]
@@ -295,3 +311,13 @@ def test_missing_library_names_the_pip_command(made, kind, module, tmp_path, mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"pip install 'herd-jax\[tokenizers\]'"):
         load_tokenizer(tmp_path)
+
+
+def test_saving_leaves_alone_what_is_there_and_names_what_cannot_be(made, tmp_path):
+    made["huggingface"].save(tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()}
+    made["huggingface"].save(tmp_path / "copy")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the tokenizer to .*file/below"):
+        made["huggingface"].save(tmp_path / "file" / "below")

@@ -6,8 +6,9 @@ import pytest
 
 import herd_jax.goodput
 from herd_jax.errors import UserError
+from herd_jax.training import goodput as goodput_module
 from herd_jax.training import timeline
-from herd_jax.training.goodput import CAUSES, draw, furthest_step, read_goodput
+from herd_jax.training.goodput import CAUSES, GoodputSoFar, draw, furthest_step, read_goodput
 from herd_jax.training.timeline import FILE, Timeline
 
 
@@ -102,6 +103,32 @@ def test_a_start_that_fails_before_it_has_a_state_is_downtime(tmp_path, clock):
     run(tmp_path, clock, 8, 4)
     found = read_goodput(tmp_path).seconds
     assert (found["lost work"], found["downtime"], found["init"]) == pytest.approx((0, 10, 20))
+
+
+def test_what_metrics_say_while_it_goes_on(tmp_path, clock, monkeypatch):
+    """After each begin, in a first start, at a rewind and after a crash, it is what the file will say once that is written."""
+    monkeypatch.setattr(goodput_module, "time", clock)
+    begins = [(0, 6), (2, 9), (8, 12)]  # steps; the second is a rewind in the first start
+    line = Timeline(tmp_path, clock.now)
+    clock.now += 10
+    for first, last in begins:
+        if first == 8:
+            line.close()
+            clock.now += 30
+            line = Timeline(tmp_path, clock.now)
+            clock.now += 4
+        line.begin(first)
+        so_far = GoodputSoFar(tmp_path, line, first)
+        for step in range(first, last):
+            spend(line, clock, "input wait", 0.5, step)
+            spend(line, clock, "step", 1.5, step)
+        running = so_far.fraction()
+        line.enter("evaluation", last)
+        assert running == pytest.approx(read_goodput(tmp_path).fraction)
+        spend(line, clock, "evaluation", 3, last)
+        assert so_far.fraction() < running
+    monkeypatch.setattr(timeline.jax, "process_index", lambda: 1)
+    assert GoodputSoFar(tmp_path, line, 12).fraction() is None
 
 
 def test_torn_lines_are_left_out_and_do_not_spoil_the_next(tmp_path, clock):

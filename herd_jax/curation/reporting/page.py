@@ -6,9 +6,11 @@ from typing import Any
 
 from herd_jax.curation.reporting import plots
 from herd_jax.curation.reporting.data import Report, Sample, Step
-from herd_jax.curation.reporting.formats import Html, element, join, percent, short
-from herd_jax.curation.reporting.style import STYLE
+from herd_jax.curation.reporting.formats import percent, short
 from herd_jax.curation.reporting.tables import Histogram
+from herd_jax.page import layout
+from herd_jax.page.layout import cell, code, flat, note, table
+from herd_jax.page.markup import Html, element, join
 
 MAX_ROWS = 100  # of a table that grows with the input
 
@@ -30,19 +32,7 @@ def page(report: Report) -> str:
         ("Contamination", _contamination(report.contamination) if report.contamination else None),
         ("Settings", _settings(report) if report.settings else None),
     ]
-    sections = [(title, body) for title, body in sections if body]
-    head = join(
-        [
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-            element("title", f"Curation of {report.directory}"),
-            element("style", Html(STYLE)),
-        ]
-    )
-    body = [_header(report), element("nav", *(element("a", title, href=f"#{_anchor(title)}") for title, _ in sections))]
-    body += [element("section", element("h2", title), content, id=_anchor(title)) for title, content in sections]
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>{element("body", element("main", *body))}</html>\n'
+    return layout.page(f"Curation of {report.directory}", _header(report), [(title, body) for title, body in sections if body])
 
 
 def _header(report: Report) -> Html:
@@ -74,7 +64,7 @@ def _waterfall(report: Report) -> Html | None:
     rows = [
         (
             step.phase if before is None or step.phase != before.phase else "",
-            _code(step.block),
+            code(step.block),
             step.documents,
             step.dropped,
             percent(step.dropped, step.documents) if step.dropped else "",
@@ -92,7 +82,7 @@ def _waterfall(report: Report) -> Html | None:
     if report.characters_per_token:
         notes.append(f"Tokens are estimated from characters: the streams have {report.characters_per_token:.2f} characters per token.")
     figure = element("div", plots.waterfall(report), class_="figure")
-    return join([figure, _table(names, rows), element("p", " ".join(notes), class_="note")])
+    return join([figure, table(names, rows), element("p", " ".join(notes), class_="note")])
 
 
 def _speed(step: Step) -> tuple[str, str]:
@@ -102,8 +92,8 @@ def _speed(step: Step) -> tuple[str, str]:
 def _reasons(report: Report) -> Html | None:
     reasons = report.reasons()
     total, most = sum(count for *_, count in reasons), max((count for *_, count in reasons), default=0)
-    rows = [(_code(block), _code(reason), count, percent(count, total), _meter(count, most, "dropped")) for block, reason, count in reasons]
-    return _table(("block", "reason", "documents", "of all dropped", ""), rows) if rows else None
+    rows = [(code(block), code(reason), count, percent(count, total), _meter(count, most, "dropped")) for block, reason, count in reasons]
+    return table(("block", "reason", "documents", "of all dropped", ""), rows) if rows else None
 
 
 def _by(report: Report, field: str, tokens: dict[str, dict[str, int]] | None) -> Html | None:
@@ -118,7 +108,7 @@ def _by(report: Report, field: str, tokens: dict[str, dict[str, int]] | None) ->
     keys = sorted({*documents, *read}, key=lambda key: (-characters[key], -read.get(key, 0), key))
     rows = []
     for key in keys[:MAX_ROWS]:
-        row = [_code(key or "unknown")]
+        row = [code(key or "unknown")]
         row += [read.get(key, 0), percent(documents[key], read.get(key, 0))] if read else []
         row += [documents[key], characters[key]]
         if tokens is not None:
@@ -129,19 +119,19 @@ def _by(report: Report, field: str, tokens: dict[str, dict[str, int]] | None) ->
     names = [field.replace("_", " "), *(["after reading", "of these clean"] if read else []), "clean documents", "characters"]
     names += ["tokens to train", "to validate"] if tokens is not None else ["tokens"] if report.characters_per_token else []
     more = element("p", f"and {len(keys) - MAX_ROWS:,} more, in report.json", class_="note") if len(keys) > MAX_ROWS else Html()
-    return join([_table([*names, "of all characters", ""], rows), more]) if rows else None
+    return join([table([*names, "of all characters", ""], rows), more]) if rows else None
 
 
-def _histograms(histograms: Iterable[Histogram], note: str, label: Callable[[float], str]) -> Html | None:
+def _histograms(histograms: Iterable[Histogram], about: str, label: Callable[[float], str]) -> Html | None:
     figures = [
         element(
             "figure",
-            element("figcaption", _code(item.stream), _note(f" {sum(item.counts):,} documents")),
+            element("figcaption", code(item.stream), note(f" {sum(item.counts):,} documents")),
             plots.histogram(item.edges, item.counts, label),
         )
         for item in histograms
     ]
-    return join([element("div", *figures, class_="small-figures"), element("p", note, class_="note")]) if figures else None
+    return join([element("div", *figures, class_="small-figures"), element("p", about, class_="note")]) if figures else None
 
 
 def _samples(report: Report) -> Html | None:
@@ -153,14 +143,14 @@ def _samples(report: Report) -> Html | None:
         shown = []
         for reason, count in step.reasons.items():
             samples = [_sample(sample) for sample in found if sample.reason == reason]
-            shown += [element("h4", _code(reason), _note(f" {len(samples)} of {count:,}")), *samples]
-        drawn.append(element("details", element("summary", _code(step.block), _note(f" {len(found)} of {step.dropped:,} dropped")), *shown))
+            shown += [element("h4", code(reason), note(f" {len(samples)} of {count:,}")), *samples]
+        drawn.append(element("details", element("summary", code(step.block), note(f" {len(found)} of {step.dropped:,} dropped")), *shown))
     return join(drawn) if drawn else None
 
 
 def _sample(sample: Sample) -> Html:
     def side(label: str, identity: str, url: str, text: str) -> Html:
-        title = element("div", element("b", label), " ", _code(identity), element("div", url, class_="note"))
+        title = element("div", element("b", label), " ", code(identity), element("div", url, class_="note"))
         return element("div", title, element("pre", text, dir="auto") if text else element("p", "no text", class_="note"))
 
     sides = [side("dropped", sample.id, sample.url, sample.text)]
@@ -170,51 +160,20 @@ def _sample(sample: Sample) -> Html:
 
 
 def _problems(report: Report) -> Html | None:
-    rows = [(_code(problem["file"]), problem["reason"]) for problem in report.problems]
+    rows = [(code(problem["file"]), problem["reason"]) for problem in report.problems]
     more = element("p", f"and {len(rows) - MAX_ROWS:,} more, in report.json", class_="note") if len(rows) > MAX_ROWS else Html()
-    return join([_table(("file", "reason"), rows[:MAX_ROWS]), more]) if rows else None
+    return join([table(("file", "reason"), rows[:MAX_ROWS]), more]) if rows else None
 
 
 def _settings(report: Report) -> Html:
-    rows = (element("tr", element("td", name), element("td", _code(str(_cell(value))))) for name, value in _flat(report.settings, ""))
+    rows = (element("tr", element("td", name), element("td", code(str(cell(value))))) for name, value in flat(report.settings))
     return element("details", element("summary", "config.json"), element("table", element("tbody", *rows), class_="pairs"))
 
 
 def _contamination(rows: Sequence[dict[str, Any]]) -> Html:
-    flat = [{name.replace(".", " "): value for name, value in _flat(row, "")} for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
-    return _table(names, [[_cell(row.get(name, "")) for name in names] for row in flat])
-
-
-def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
-    """Plain values by their names with dots, as the command line has them."""
-    if not isinstance(value, dict) and not (isinstance(value, list) and any(isinstance(item, dict | list) for item in value)):
-        return [(name, value)]
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [pair for key, item in items for pair in _flat(item, f"{name}.{key}" if name else key)]
-
-
-def _cell(value: Any) -> str | int:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value) if isinstance(value, bool) else value
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Html:
-    """Columns with numbers stand at the right."""
-    kinds = ["n" if any(_is_number(row[column]) for row in rows) else None for column in range(len(names))]
-
-    def line(cell: str, values: Sequence[Any]) -> Html:
-        texts = (value if isinstance(value, str) else f"{value:,}" for value in values)
-        return element("tr", *(element(cell, text, class_=kind) for text, kind in zip(texts, kinds, strict=True)))
-
-    return element(
-        "div", element("table", element("thead", line("th", names)), element("tbody", *(line("td", row) for row in rows))), class_="scroll"
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, str) or (not isinstance(value, Html) and value.lstrip("~+\u2212")[:1].isdigit())
+    found = [{name.replace(".", " "): value for name, value in flat(row)} for row in rows]
+    names = list(dict.fromkeys(name for row in found for name in row))
+    return table(names, [[cell(row.get(name, "")) for name in names] for row in found])
 
 
 def _change(after: float, before: float) -> str:
@@ -223,15 +182,3 @@ def _change(after: float, before: float) -> str:
 
 def _meter(part: float, whole: float, kind: str) -> Html:
     return element("div", element("div", class_=kind, style=f"width:{100 * part / whole if whole else 0:.1f}%"), class_="meter")
-
-
-def _code(text: str) -> Html:
-    return element("code", text)
-
-
-def _note(text: str) -> Html:
-    return element("span", text, class_="note")
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")

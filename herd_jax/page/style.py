@@ -1,4 +1,4 @@
-"""The style sheet of the report, for light and dark screens and for paper."""
+"""The style sheet of a page, for light and dark screens and for paper."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c2330; --muted: #667085; --rule: #e2e6ec; --track: #eef1f5;

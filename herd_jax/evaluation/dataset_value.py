@@ -1,0 +1,154 @@
+"""What a small data set is worth (section 3.1.3 of the paper): a half-trained model is annealed twice, with 30 % of its batches from the
+candidate and with none, and the two are compared in bits per byte of held-out text. Cheaper than scaling laws for each small data set.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from herd_jax.data.rows import MixPhase, load_data_tokenizer, open_streams
+from herd_jax.errors import UserError
+from herd_jax.evaluation.results import output_directory, write_results
+from herd_jax.interop.load import load_params, open_source
+from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
+from herd_jax.parallel.schedule import PipelineConfig
+from herd_jax.training.checkpoint import Checkpointer
+from herd_jax.training.loop import train
+from herd_jax.training.run import RunConfig, build_steps, parse_saved
+from herd_jax.training.validation import HeldOutLoss, Validation, source_names
+
+COMMAND = "dataset-value"
+TOTAL = "default mix"
+
+
+def dataset_value(run: str | Path, candidate: str, share: float = 0.3, num_tokens: int | None = None, held_out: Sequence[str] = (),
+                  mesh: MeshConfig | None = None, output: str | Path | None = None) -> str:  # fmt: skip
+    """Trains both anneals, writes `OUTPUT/dataset-value.json` and returns its table.
+
+    They begin with the checkpoint of the workdir `run` that is nearest to half of its steps, optimizer and all, go on for `num_tokens`
+    (default: a tenth of those that it has seen; the paper's 8B: 40B) while the rate falls linearly to 0, and are measured on the held-out
+    rows of the run's sources, of the candidate and of `held_out`: directories made by herd_jax.tokenize. Where interrupted, the same
+    command goes on. Raises UserError for a run without a checkpoint to begin with, and as training does.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--share is {share}: it must lie between 0 and 1, without both")
+    if mesh:
+        with contextlib.suppress(RuntimeError):  # jax has started, on devices that the mesh then fits or is refused for
+            request_cpu_devices(mesh)
+    run, directory = Path(run).expanduser(), output_directory(output, run)
+    checkpoint, config = _half_trained(run)
+    if mesh:
+        config = dataclasses.replace(config, mesh=mesh, pipeline=PipelineConfig())
+    step, fraction = int(checkpoint.name), int(checkpoint.name) / config.train.num_steps
+    arms = {name: _annealed(config, step, num_tokens, chosen, share) for name, chosen in (("default", None), ("candidate", candidate))}
+    sources = list(dict.fromkeys((*arms["candidate"].data.paths, *held_out)))
+    _check_readable(arms["candidate"], sources)  # before hours of training
+    places = {}
+    for name, arm in arms.items():
+        places[name] = directory / COMMAND / name
+        _begin(places[name], checkpoint)
+        train(dataclasses.replace(arm, workdir=str(places[name])))
+    losses = held_out_losses([checkpoint, *places.values()], arms["candidate"], sources)
+    defaults = [name for name, path in zip(source_names(sources), sources) if path in arms["default"].data.paths]
+    for found in losses:
+        found[TOTAL] = HeldOutLoss.total([found[name] for name in defaults if name in found])
+    table = {name: _row(*(found[name].bits_per_byte for found in losses)) for name in losses[0]}
+    ramp, steps_taken = config.train.ramp, arms["default"].train.num_steps
+    trained = ramp.tokens_before(steps_taken) - ramp.tokens_before(step)
+    settings = {"candidate": candidate, "share": share, "tokens": trained, "steps": steps_taken - step, "held_out": list(held_out)}
+    settings |= {"checkpoint_step": step, "fraction_of_run": fraction, "data": arms["candidate"].data.mixtures[-1]}
+    (stream,) = open_streams(dataclasses.replace(config.data, sources={candidate: 1.0}, phases=()), "train")
+    epochs = share * trained / stream.num_tokens
+    path = write_results(directory, COMMAND, run, settings, {"bits_per_byte": table, "candidate_epochs": epochs})
+    return _report(candidate, settings, epochs, table, path)
+
+
+def held_out_losses(models: Sequence[str | Path], config: RunConfig, sources: Sequence[str]) -> list[dict[str, HeldOutLoss]]:
+    """Of each model, in whatever format, on the held-out rows of each source: `eval.num_batches` batches of it, as `config` trains."""
+    data = dataclasses.replace(config.data, sources=dict.fromkeys(sources, 1.0), phases=())
+    batches = dataclasses.replace(config.eval, num_batches=config.eval.num_batches * len(sources))
+    config = dataclasses.replace(config, data=data, eval=batches)
+    steps, streams = build_steps(config, make_mesh(config.mesh)), open_streams(data, "validation")
+    validation = Validation(config, steps, streams, load_data_tokenizer(data, streams))
+    phase = config.train.ramp.phase_at(config.train.num_steps - 1)
+    load = lambda model: load_params(open_source(model), steps.layout, steps.model.declared, jnp.float32)
+    return [validation.by_source(load(model), phase) for model in models]
+
+
+def _half_trained(workdir: Path) -> tuple[Path, RunConfig]:
+    """The directory of the checkpoint nearest to half of the run's steps, and the run's config."""
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=1)
+    config = checkpointer.config() if workdir.is_dir() else None
+    if config is None:
+        raise UserError(f"{workdir} has no readable checkpoint: --run is the workdir of a run of herd_jax.train")
+    config = parse_saved(config)
+    annealed_from = config.optimizer.anneal_from if config.optimizer.anneal_steps else config.train.num_steps
+    steps = [step for step in checkpointer.steps() if config.optimizer.warmup_steps <= step <= annealed_from]
+    if not steps:
+        raise UserError(
+            f"{workdir} has no checkpoint after optimizer.warmup_steps and before optimizer.anneal_from: keep more of them with checkpoint.keep"
+        )
+    half = min(steps, key=lambda step: abs(2 * step - config.train.num_steps))
+    return workdir / "checkpoints" / str(half), config
+
+
+def _annealed(config: RunConfig, step: int, num_tokens: int | None, candidate: str | None, share: float) -> RunConfig:
+    """The run's config with its end from `step` on: the mixture that the run has there, or that and the candidate."""
+    ramp, start = config.train.ramp, config.train.ramp.tokens_before(step)
+    num_steps = ramp.step_at(start + (start // 10 if num_tokens is None else num_tokens)) - step
+    if num_steps < 1:
+        raise UserError(f"--tokens is {num_tokens}: it must be 1 or more")
+    phases = tuple(phase for phase in config.data.phases if phase.from_tokens < start)
+    mixture = (phases[-1] if phases else config.data).sources
+    if candidate is not None:
+        mixture = {path: (1 - share) * weight / sum(mixture.values()) for path, weight in mixture.items()}
+        mixture[candidate] = share + mixture.get(candidate, 0.0)
+        phases = (*phases, MixPhase(start, mixture))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, phases=phases),
+        train=dataclasses.replace(config.train, num_steps=step + num_steps),
+        optimizer=dataclasses.replace(config.optimizer, anneal_from=step, anneal_steps=num_steps),
+    )
+
+
+def _check_readable(config: RunConfig, sources: Sequence[str]) -> None:
+    for split in ("train", "validation"):
+        open_streams(config.data, split)
+    open_streams(dataclasses.replace(config.data, sources=dict.fromkeys(sources, 1.0), phases=()), "validation")
+
+
+def _begin(workdir: Path, checkpoint: Path) -> None:
+    """Copies the checkpoint to where a run that begins with it looks, unless that run has begun."""
+    target = workdir / "checkpoints" / checkpoint.name
+    if target.parent.exists():
+        return
+    unfinished = workdir / "unfinished" / checkpoint.name
+    try:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+        shutil.copytree(checkpoint, unfinished)
+        unfinished.parent.rename(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot copy {checkpoint} to {workdir} ({error.strerror or error}): mend that, or give another --output") from error
+
+
+def _row(before: float, default: float, candidate: float) -> dict[str, float]:
+    return {"before": before, "default": default, "candidate": candidate, "difference": candidate - default}
+
+
+def _report(candidate: str, settings: dict[str, Any], epochs: float, table: dict[str, dict[str, float]], path: Path) -> str:
+    head = "bits per byte, held out"
+    width = max(map(len, (head, *table)))
+    lines = [
+        f"annealed from step {settings['checkpoint_step']} ({settings['fraction_of_run']:.0%} of the run) for {settings['tokens']:,} tokens, "
+        f"{settings['share']:.0%} of them from {candidate} ({epochs:.2g} epochs)",
+        f"{head:<{width}}  {'before':>8}  {'default':>8}  {'candidate':>9}  {'difference':>10}",
+    ]
+    for name, row in table.items():
+        lines.append(f"{name:<{width}}  {row['before']:8.4f}  {row['default']:8.4f}  {row['candidate']:9.4f}  {row['difference']:+10.4f}")
+    return "\n".join([*lines, f"wrote {path}"])

@@ -1,0 +1,139 @@
+"""The value of a small data set: the half-trained checkpoint, two anneals that differ in nothing but the mixture, the numbers written."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from herd_jax.config import parse
+from herd_jax.data.rows import MixPhase
+from herd_jax.data.tokenization import tokenize_files
+from herd_jax.errors import UserError
+from herd_jax.evaluation.dataset_value import _annealed, _half_trained, dataset_value
+from herd_jax.evaluation.results import read_results
+from herd_jax.mesh import MeshConfig
+from herd_jax.training.loop import train
+from herd_jax.training.run import RunConfig
+
+LETTERS = {"prose": "abcd ", "code": "(){};", "candidate": "0123456789+"}
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Three sources of different letters, and a run of 16 steps on the first two."""
+    base, rng = tmp_path_factory.mktemp("value"), np.random.default_rng(0)
+    for name, letters in LETTERS.items():
+        (base / "text" / name).mkdir(parents=True)
+        for i in range(40):
+            (base / "text" / name / f"{i}.txt").write_text("".join(rng.choice(list(letters), 60)))
+        tokenize_files([str(base / "text" / name)], "bytes", base / name, validation_fraction=0.2, processes=1)
+    config = {
+        "workdir": str(base / "run"),
+        "data": {"sources": {str(base / "prose"): 3.0, str(base / "code"): 1.0}},
+        "model": {"name": "llama-tiny", "dim": 32, "ffn_dim": 64, "num_layers": 1, "vocab_size": 259},
+        "train": {"num_steps": 16, "global_batch_size": 8, "seq_len": 32, "watchdog": {"enabled": False}},
+        "optimizer": {"peak_learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup_steps": 2, "decay_steps": 16},
+        "checkpoint": {"every_steps": 3, "keep": 10},
+        "eval": {"every_steps": 100, "num_batches": 2},
+        "log": {"every_steps": 1},
+    }
+    train(parse(RunConfig, config))
+    return base
+
+
+def value(base, output, **options):
+    return dataset_value(base / "run", str(base / "candidate"), output=output, **options)
+
+
+@pytest.fixture(scope="module")
+def done(base):
+    """(what was printed, where it was written) of 8 steps of annealing."""
+    return value(base, base / "out", num_tokens=8 * 256, held_out=[str(base / "code")]), base / "out"
+
+
+def test_the_anneals_begin_at_half_and_end_at_zero(base, done):
+    """Step 9 is nearest to 8; both go on with its optimizer, so that the first step of the control is the run's own but for the rate."""
+    _, output = done
+    run, default, candidate = (metrics(path) for path in (base / "run", output / "dataset-value/default", output / "dataset-value/candidate"))
+    assert [line["step"] for line in default] == [line["step"] for line in candidate] == list(range(10, 18))
+    assert default[0]["loss"] == run[9]["loss"] != candidate[0]["loss"]
+    at_nine = run[8]["learning_rate"]
+    for lines in (default, candidate):
+        assert [line["learning_rate"] for line in lines] == pytest.approx([at_nine * left / 8 for left in range(7, -1, -1)], rel=1e-5)
+
+
+def test_the_candidate_is_learned_where_it_is_in_the_mixture(done):
+    printed, output = done
+    record = read_results(output)["dataset-value"]
+    table = record["results"]["bits_per_byte"]
+    assert list(table) == sorted(["prose", "code", "candidate", "default mix"])
+    assert table["candidate"]["difference"] == table["candidate"]["candidate"] - table["candidate"]["default"] < -0.1
+    assert table["default mix"]["default"] < table["default mix"]["before"]
+    for line in printed.splitlines()[2:6]:
+        *name, before, default, with_candidate, difference = line.split()
+        row = table[" ".join(name)]
+        assert [float(before), float(default), float(with_candidate), float(difference)] == pytest.approx(
+            [row["before"], row["default"], row["candidate"], row["difference"]], abs=1e-4
+        )
+    assert "from step 9 (56% of the run) for 2,048 tokens, 30% of them from" in printed
+
+
+def test_the_settings_say_what_was_done(base, done):
+    record = read_results(done[1])["dataset-value"]
+    settings = record["settings"]
+    assert settings["checkpoint_step"] == 9 and settings["steps"] == 8 and settings["tokens"] == 2048
+    names = {path.rsplit("/", 1)[1]: share for path, share in settings["data"].items()}
+    assert names == pytest.approx({"prose": 0.7 * 0.75, "code": 0.7 * 0.25, "candidate": 0.3})
+    assert 0 < record["results"]["candidate_epochs"] < 1
+
+
+def test_the_same_command_has_nothing_left_to_train(base, done):
+    """On another mesh the numbers are the same."""
+    _, output = done
+    table = read_results(output)["dataset-value"]["results"]["bits_per_byte"]
+    before = (output / "dataset-value/default/metrics.jsonl").read_bytes()
+    value(base, output, num_tokens=8 * 256, held_out=[str(base / "code")], mesh=MeshConfig(tp=2, dp=4))
+    again = read_results(output)["dataset-value"]["results"]["bits_per_byte"]
+    assert all(row == pytest.approx(table[name], abs=1e-5) for name, row in again.items()) and again.keys() == table.keys()
+    assert (output / "dataset-value/default/metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="made with other values of optimizer.anneal_steps"):
+        value(base, output, num_tokens=4 * 256)
+
+
+def test_the_mixtures_and_the_default_length(base):
+    """In a run whose mixture has changed and will change: the one that it has at the checkpoint. A tenth of the tokens so far."""
+    _, config = _half_trained(base / "run")
+    phases = tuple(MixPhase(tokens, {source: 2.0}) for tokens, source in ((512, "early"), (9 * 256 + 1, "later")))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
+    default, candidate = (_annealed(config, 9, None, chosen, 0.3) for chosen in (None, "early"))
+    assert default.data.phases == phases[:1] and default.train.num_steps == candidate.train.num_steps == 10
+    assert candidate.data.phases == (*phases[:1], MixPhase(9 * 256, {"early": 1.0}))
+    assert _annealed(config, 9, None, "new", 0.3).data.phases[-1].sources == {"early": 0.7, "new": 0.3}
+
+
+def test_what_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="--share is 1.0"):
+        value(base, tmp_path, share=1.0)
+    with pytest.raises(UserError, match="--tokens is 0"):
+        value(base, tmp_path, num_tokens=0)
+    with pytest.raises(UserError, match="none has no readable checkpoint: --run is the workdir"):
+        dataset_value(base / "none", str(base / "candidate"), output=tmp_path)
+    with pytest.raises(UserError, match="data source .*missing does not exist: make it with"):
+        dataset_value(base / "run", str(base / "missing"), output=tmp_path)
+    with pytest.raises(UserError, match="data source .*missing does not exist"):
+        value(base, tmp_path, held_out=[str(base / "missing")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_kept_only_its_end(base, tmp_path):
+    """The nearest to half that there is."""
+    shutil.copytree(base / "run", tmp_path / "run", ignore=shutil.ignore_patterns("3", "6", "9", "12", "15"))
+    checkpoint, config = _half_trained(tmp_path / "run")
+    assert checkpoint.name == "16" and config.train.num_steps == 16
+    assert _half_trained(base / "run")[0].name == "9"
