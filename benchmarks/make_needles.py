@@ -57,20 +57,22 @@ def write(target: Path, length: int, split: str, num_documents: int) -> None:
     tokenizer = load_tokenizer(target / "tokenizer")
     maker = PromptMaker(RECORD, tokenizer, text_ids(TokenStream(target / "text" / split), tokenizer))
     rng = np.random.default_rng([length, split == "train"])
-    documents = [document(maker, length, rng) for _ in range(num_documents)]
+    sparse = 0.0 if length == min(TOKENS) else 0.5
+    documents = [document(maker, length, sparse, rng) for _ in range(num_documents)]
     num_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
     path = target / f"needles-{length}" / split
     with StreamWriter(path, tokenizer.vocab_size, "../../tokenizer", tokenizer.fingerprint) as writer:
         writer.append(np.concatenate(documents), np.full(num_documents, length), num_bytes)
 
 
-def document(maker: PromptMaker, length: int, rng: np.random.Generator) -> list[int]:
+def document(maker: PromptMaker, length: int, sparse: float, rng: np.random.Generator) -> list[int]:
     """Text with one record at two places or more, up to nine tenths of the document, and in half of the documents once more at the end. Few are
-    as likely as many: of many it is learnt to read them back, of few to find them from afar."""
+    as likely as many: of many it is learnt to read them back, of few to find them from afar. A share `sparse` of the documents has nine at most."""
     room = length - 2  # beside the begin and end tokens
     record = maker.needle_ids(draw_needles(RECORD, [0.0], rng)[0])
     at_end = int(rng.integers(2))
-    num_hidden = 2 - at_end + int(np.exp(rng.uniform(0, np.log(0.9 * room / len(record)))))
+    most = 8 if rng.random() < sparse else 0.9 * room / len(record)
+    num_hidden = 2 - at_end + int(np.exp(rng.uniform(0, np.log(most))))
     num_text = room - (num_hidden + at_end) * len(record)
     start = rng.integers(len(maker.haystack) - num_text)
     text, ids, last = maker.haystack[start : start + num_text].tolist(), [maker.tokenizer.bos_id], 0

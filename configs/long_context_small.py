@@ -56,5 +56,5 @@ def longer(length, tokens, mesh):
     return {
         "seq_len": length, "tokens": tokens, "global_batch_size": 4096 // length, "mesh": mesh, "data": sources(length),
         "rope_scaling": {"factor": length / 256, "original_max_position": 256},
-        "learning_rate": 2e-3, "final_learning_rate": 2e-4, "warmup_steps": 10, "gate": gate(tokens=200_000),
+        "learning_rate": 2e-3, "final_learning_rate": 1e-3, "warmup_steps": 10, "gate": gate(tokens=200_000),
     }  # fmt: skip

@@ -7,6 +7,7 @@ for _library in ("HF_HUB", "HF_DATASETS", "HF_EVALUATE", "TRANSFORMERS"):  # rea
 
 import logging  # noqa: E402
 import math  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -65,10 +66,16 @@ def evaluate(model: Model, tasks: Sequence, cache: Path, limit: int | None = Non
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{cache} cannot be made ({error.strerror}): give an --output that can be written") from error
-    return simple_evaluate(
+    results = simple_evaluate(
         harness_model, tasks=list(tasks), limit=limit, use_cache=str(cache / harness_model.fingerprint), apply_chat_template=chats,
         task_manager=TaskManager(include_defaults=False), bootstrap_iters=1000,
     )  # fmt: skip
+    if harness_model.num_cut:
+        print(
+            f"warning: {harness_model.num_cut} prompts are longer than the model's context of {harness_model.max_length} tokens and lost their "
+            "beginning: evaluate a model of a longer context, or read these scores as those of shortened prompts", file=sys.stderr,
+        )  # fmt: skip
+    return results
 
 
 def find_tasks(names: Sequence[str], preset: str, data: str | None) -> list:

@@ -37,6 +37,7 @@ class HarnessModel(TemplateLM):
         if self.batch_size < 1:
             raise UserError(f"--batch-size is {batch_size}: it must be 1 or more")
         self.scorer = ContinuationScorer(self.loaded.llama, self.loaded.layout, self.loaded.dtype)
+        self.num_cut = 0  # prompts that lost their beginning, too long for the context
 
     @property
     def fingerprint(self) -> str:
@@ -111,6 +112,7 @@ class HarnessModel(TemplateLM):
                     "leave the task out, or evaluate a model of a longer context"
                 )
             whole = [*context, *continuation][-room:]
+            self.num_cut += len(whole) < len(context) + len(continuation)
             fitting.append((whole[: len(whole) - len(continuation)], continuation))
         scores = self.scorer.score(self.loaded.params, fitting)
         return ((i, tuple(score)) for i, score in tqdm(scores, "scored", len(fitting), disable=quiet))
@@ -125,7 +127,9 @@ class HarnessModel(TemplateLM):
             for kind, members in kinds.items():
                 options = self._options(json.loads(kind))
                 room = self.max_length - options["max_new_tokens"]
-                rows = {i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in members}
+                rows = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members}
+                self.num_cut += sum(len(row) > room for row in rows.values())
+                rows = {i: row[-room:] for i, row in rows.items()}
                 members.sort(key=lambda i: len(rows[i]))
                 for some in (members[first : first + self.batch_size] for first in range(0, len(members), self.batch_size)):
                     texts = self.loaded.complete([rows[i] for i in some], **options)

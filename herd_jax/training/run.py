@@ -155,7 +155,8 @@ GONE = ("skip_nonfinite",)  # of `train`: earlier checkpoints have them in their
 
 def parse_saved(config: dict) -> RunConfig:
     """The config that a checkpoint keeps, without what is gone since; what is new has its default."""
-    return parse(RunConfig, {**config, "train": {name: value for name, value in config["train"].items() if name not in GONE}})
+    kept = {name: value for name, value in config.get("train", {}).items() if name not in GONE}
+    return parse(RunConfig, {**config, "train": kept})
 
 
 # A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.

