@@ -24,7 +24,7 @@ from herd_jax.text.tokenizer import load_tokenizer
 RECORD = TEMPLATES["record"]
 VOCAB_SIZE = 2048
 SAMPLE_CHARS = 12_000  # of each file, for the tokenizer
-TOKENS = {256: 4_000_000, 512: 1_000_000, 1024: 1_000_000, 2048: 2_000_000}  # of documents by length
+TOKENS = {256: 4_000_000, 512: 2_000_000, 1024: 3_000_000, 2048: 4_000_000}  # of documents by length
 
 
 def main():
@@ -72,7 +72,7 @@ def document(maker: PromptMaker, length: int, sparse: float, rng: np.random.Gene
     record = maker.needle_ids(draw_needles(RECORD, [0.0], rng)[0])
     at_end = int(rng.integers(2))
     most = 8 if rng.random() < sparse else 0.9 * room / len(record)
-    num_hidden = 2 - at_end + int(np.exp(rng.uniform(0, np.log(most))))
+    num_hidden = 1 - at_end + int(np.exp(rng.uniform(0, np.log(most))))
     num_text = room - (num_hidden + at_end) * len(record)
     start = rng.integers(len(maker.haystack) - num_text)
     text, ids, last = maker.haystack[start : start + num_text].tolist(), [maker.tokenizer.bos_id], 0

@@ -24,8 +24,8 @@ def get_config():
                 "stages": [
                     {"seq_len": 256, "tokens": 3_000_000, "gate": gate(tokens=300_000)},
                     longer(512, tokens=1_000_000, mesh={"dp": 2}),
-                    longer(1024, tokens=1_000_000, mesh={"cp": 2, "dp": 1}),
-                    longer(2048, tokens=1_500_000, mesh={"cp": 2, "dp": 1}),
+                    longer(1024, tokens=1_500_000, mesh={"cp": 2, "dp": 1}),
+                    longer(2048, tokens=2_000_000, mesh={"cp": 2, "dp": 1}),
                 ],
             },
             "mesh": {"dp": 2},
@@ -56,5 +56,5 @@ def longer(length, tokens, mesh):
     return {
         "seq_len": length, "tokens": tokens, "global_batch_size": 4096 // length, "mesh": mesh, "data": sources(length),
         "rope_scaling": {"factor": length / 256, "original_max_position": 256},
-        "learning_rate": 2e-3, "final_learning_rate": 1e-3, "warmup_steps": 10, "gate": gate(tokens=200_000),
+        "learning_rate": 2e-3, "final_learning_rate": 3e-4, "warmup_steps": 10, "gate": gate(tokens=200_000),
     }  # fmt: skip
