@@ -24,6 +24,7 @@ from herd_jax.text.tokenizer import load_tokenizer
 RECORD = TEMPLATES["record"]
 VOCAB_SIZE = 2048
 SAMPLE_CHARS = 12_000  # of each file, for the tokenizer
+SPARSE = {256: 0.0, 512: 0.5, 1024: 0.9, 2048: 0.9}  # see `document`
 TOKENS = {256: 4_000_000, 512: 2_000_000, 1024: 3_000_000, 2048: 4_000_000}  # of documents by length
 
 
@@ -57,8 +58,7 @@ def write(target: Path, length: int, split: str, num_documents: int) -> None:
     tokenizer = load_tokenizer(target / "tokenizer")
     maker = PromptMaker(RECORD, tokenizer, text_ids(TokenStream(target / "text" / split), tokenizer))
     rng = np.random.default_rng([length, split == "train"])
-    sparse = 0.0 if length == min(TOKENS) else 0.5
-    documents = [document(maker, length, sparse, rng) for _ in range(num_documents)]
+    documents = [document(maker, length, SPARSE[length], rng) for _ in range(num_documents)]
     num_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
     path = target / f"needles-{length}" / split
     with StreamWriter(path, tokenizer.vocab_size, "../../tokenizer", tokenizer.fingerprint) as writer:

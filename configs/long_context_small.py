@@ -42,7 +42,8 @@ def get_config():
 
 def sources(length):
     """Plain text, which has no records in it, and documents with records. The gate takes its haystack from the first: a string keeps their order."""
-    return {"sources": f"{DATA}/text:0.3,{DATA}/needles-{length}:0.7"}
+    records = 0.7 if length <= 512 else 0.9
+    return {"sources": f"{DATA}/text:{1 - records:.1f},{DATA}/needles-{length}:{records}"}
 
 
 def gate(tokens, needle_recall=1.0):
@@ -56,5 +57,5 @@ def longer(length, tokens, mesh):
     return {
         "seq_len": length, "tokens": tokens, "global_batch_size": 4096 // length, "mesh": mesh, "data": sources(length),
         "rope_scaling": {"factor": length / 256, "original_max_position": 256},
-        "learning_rate": 2e-3, "final_learning_rate": 3e-4, "warmup_steps": 10, "gate": gate(tokens=200_000),
+        "learning_rate": 2e-3 if length <= 512 else 3e-3, "final_learning_rate": 3e-4, "warmup_steps": 10, "gate": gate(tokens=200_000),
     }  # fmt: skip

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from herd_jax.errors import UserError
+from herd_jax.errors import StartAgain, UserError
 from herd_jax.training import storage
 from herd_jax.training.checksums import checksums, held_here, leaf_types, sealed
 from herd_jax.training.storage import Unreadable
@@ -162,7 +162,7 @@ class Checkpointer:
         if storage.on_any(self.private and record["held"] != held_here(abstract_state), "reading a checkpoint"):
             raise Unreadable("other parts of the state belonged to this process")
         _require_same_leaves(step, record["leaves"], abstract_state)
-        with storage.reading():
+        with self._reading(step):
             state_args = storage.state_to_restore(abstract_state, self.private)
             state = self._manager.restore(step, args=ocp.args.Composite(state=state_args)).state
         for name, checksum in checksums(state).items():
@@ -172,24 +172,42 @@ class Checkpointer:
 
     def read_record(self, step: int) -> dict:
         """What is stored beside the state of `step`, or Unreadable."""
-        with storage.reading():
+        with self._reading(step):
             stored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
             if sealed(stored["record"]) != stored:
                 raise ValueError("its record changed since it was saved")
             return stored["record"]
 
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Raises Unreadable on all processes, or StartAgain on those that cannot read while others wait for them."""
+        try:
+            with storage.reading(self.private):
+                yield
+        except storage.UnreadableHere as error:
+            self._move_aside(step)
+            raise StartAgain(
+                f"the checkpoint of step {step} is unreadable ({error}) and only this process found out: it is set aside, and the same command "
+                "continues with the one before"
+            ) from error
+
     def set_aside(self, step: int) -> str:
         """Renames the step's directory, or deletes it where it is private; says which. The same step can be saved again."""
+        storage.wait_for_all("setting a checkpoint aside")
+        done = self._move_aside(step, moves=jax.process_index() == 0)
+        storage.wait_for_all("setting a checkpoint aside")
+        self._manager.reload()
+        return done
+
+    def _move_aside(self, step: int, moves: bool = True) -> str:
         aside = self.directory.with_name(f"{self.directory.name}.corrupt-{step}")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.again")
-        storage.wait_for_all("setting a checkpoint aside")
-        if self.private:
-            shutil.rmtree(self.directory / str(step))
-        elif jax.process_index() == 0:
-            shutil.move(self.directory / str(step), aside)  # which may be on another disk
-        storage.wait_for_all("setting a checkpoint aside")
-        self._manager.reload()
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if self.private:
+                shutil.rmtree(self.directory / str(step))
+            elif moves:
+                shutil.move(self.directory / str(step), aside)  # which may be on another disk
         return "deleted" if self.private else f"moved to {aside}"
 
     def delete_after(self, step: int) -> None:

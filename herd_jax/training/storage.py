@@ -22,12 +22,17 @@ from herd_jax.errors import UserError
 # How long a process waits for the others, in a save or a restore, and how long the writing of one checkpoint may take; at the start of a
 # save Orbax waits for 300 s.
 TIME_LIMIT_S = 600
+ALONE_S = 15  # after which a process that could not read a checkpoint takes the others for ones that could
 TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 # Of the exceptions that reading raises (of any class, for damaged files), those that say nothing about the files.
 _NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)  # jax's own errors, such as device memory, are RuntimeErrors
 _NOT_DAMAGE_TEXTS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
 _MIN_CHUNK_BYTES = 1 << 20  # below it, a chunk's own cost shows
 _barriers = itertools.count()
+
+
+class UnreadableHere(Exception):
+    """This process cannot read a checkpoint whose files are damaged, and the others can, or do not know yet: they wait in Orbax's own barrier."""
 
 
 class Unreadable(Exception):
@@ -126,16 +131,16 @@ def within_time(what: str) -> Iterator[None]:
         ) from error
 
 
-def wait_for_all(what: str) -> None:
+def wait_for_all(what: str, seconds: int | None = None) -> None:
     """Returns when all processes are here; raises UserError where one is not within the time limit."""
     with within_time(what):
         processes = set(range(jax.process_count()))
-        ocp.multihost.sync_global_processes(f"herd_jax {what} {next(_barriers)}", timeout=TIME_LIMIT_S, processes=processes)
+        ocp.multihost.sync_global_processes(f"herd_jax {what} {next(_barriers)}", timeout=seconds or TIME_LIMIT_S, processes=processes)
 
 
-def on_any(flag: bool, what: str) -> bool:
+def on_any(flag: bool, what: str, seconds: int | None = None) -> bool:
     """Whether `flag` is set on any process; all of them call it."""
-    wait_for_all(what)
+    wait_for_all(what, seconds)
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
@@ -148,8 +153,9 @@ def on_all(steps: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """Turns the errors of damaged files into Unreadable, on every process where one process met them."""
+def reading(private: bool) -> Iterator[None]:
+    """Turns the errors of damaged files into Unreadable, on every process where all came out of reading; else into UnreadableHere
+    (of private ones, in which nobody waits for others, all do)."""
     damage = None
     try:
         with within_time("reading a checkpoint"):
@@ -160,7 +166,13 @@ def reading() -> Iterator[None]:
         damage = error.__cause__ or error  # the storage layer's error, where Orbax wraps it in one of its own
         if isinstance(damage, _NOT_DAMAGE) or any(text in str(damage) for text in _NOT_DAMAGE_TEXTS):
             raise
-    if on_any(damage is not None, "reading a checkpoint"):
+    try:
+        damaged = on_any(damage is not None, "reading a checkpoint", None if private or damage is None else ALONE_S)
+    except UserError:
+        if damage is None:
+            raise
+        raise UnreadableHere(brief(damage)) from damage
+    if damaged:
         raise Unreadable(brief(damage) if damage else "another process cannot read it") from damage
 
 
