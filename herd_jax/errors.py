@@ -24,7 +24,7 @@ class Miscomputed(UserError):
 
 
 class StartAgain(Exception):
-    """The scheduler wants the machine back and the run has saved; its text is one sentence."""
+    """The run has ended where the same command goes on: the scheduler wants the machine back, say; its text is one sentence."""
 
 
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:

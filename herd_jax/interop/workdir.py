@@ -12,7 +12,7 @@ from herd_jax.interop.source import Source, tokenizer_in
 from herd_jax.training.checkpoint import Checkpointer
 from herd_jax.training.run import parse_saved
 from herd_jax.training.storage import Unreadable
-from herd_jax.training.timeline import STAGES, timelines
+from herd_jax.training.timeline import timelines
 
 CHECKPOINTS = "checkpoints"
 RECORD = "record"  # what every checkpoint's directory has in it

@@ -185,6 +185,9 @@ class Checkpointer:
             with storage.reading(self.private):
                 yield
         except storage.UnreadableHere as error:
+            if min(ocp.path.step.checkpoint_steps(self.directory), default=step) == step:
+                remedy = "bring back a good copy, or move the directory away to start anew"
+                raise UserError(f"no checkpoint in {self.directory} is readable (step {step}: {error}): {remedy}") from error
             self._move_aside(step)
             raise StartAgain(
                 f"the checkpoint of step {step} is unreadable ({error}) and only this process found out: it is set aside, and the same command "

@@ -4,7 +4,6 @@ device does and names every communication.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from herd_jax.errors import UserError
 from herd_jax.mesh import on_mesh
 from herd_jax.models.llama import Llama
-from herd_jax.models.params import Layout, map_declarations
+from herd_jax.models.params import Layout
 from herd_jax.parallel import collectives, data, pipeline
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training import objectives

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from herd_jax.errors import UserError
-from herd_jax.training import checksums
+from herd_jax.errors import StartAgain, UserError
+from herd_jax.training import checksums, storage
 from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer
 
 CONFIG = {"mesh": {"tp": 2}, "sizes": [1, 2], "rate": 0.1}
@@ -220,6 +220,27 @@ def test_the_same_step_damaged_twice_is_set_aside_twice(two_steps, capfd):
         damage(two_steps / "2" / "record" / "metadata", "empty")
         assert restore_around_damage(two_steps, capfd)[0] == 1
         assert (two_steps.parent / name).is_dir()
+
+
+def test_damage_that_one_process_alone_found(two_steps, monkeypatch):
+    """The others, in Orbax's barrier, do not come to ours; what is set aside is gone at the next start, but never the last one."""
+
+    def nobody_comes(flag, what, seconds=None):
+        if flag:
+            raise UserError("another process did not come")
+        return False
+
+    monkeypatch.setattr(storage, "on_any", nobody_comes)
+    state = abstract(place(make_state(), mesh(1), P()))
+    damage(two_steps / "2" / "record" / "metadata", "truncate")
+    with pytest.raises(StartAgain, match="step 2 is unreadable .* the one before"):
+        Checkpointer(two_steps, keep=2).restore(state)
+    assert not (two_steps / "2").exists() and two_steps.with_name(f"{two_steps.name}.corrupt-2").exists()
+    assert Checkpointer(two_steps, keep=2).restore(state).step == 1
+    damage(two_steps / "1" / "record" / "metadata", "truncate")
+    with pytest.raises(UserError, match="no checkpoint in .* is readable"):
+        Checkpointer(two_steps, keep=2).restore(state)
+    assert (two_steps / "1").exists()
 
 
 def test_all_unreadable_is_an_error_that_moves_nothing(two_steps):
