@@ -13,6 +13,7 @@ from herd_jax.interop.mapping import parameter_name
 from herd_jax.interop.source import Source
 from herd_jax.models.params import Declaration, Layout, is_declaration
 from herd_jax.text.gguf_tokenizer import GGUF_MAGIC
+from herd_jax.training.timeline import STAGES
 
 PyTree = Any
 
@@ -34,7 +35,7 @@ def open_source(path: str | Path) -> Source:
         (meta.CONFIG_FILE, meta.open_meta),
         (workdir.CHECKPOINTS, workdir.open_workdir),
         (workdir.RECORD, workdir.open_checkpoint),
-        (workdir.STAGES, workdir.open_stages),
+        (STAGES, workdir.open_stages),
     ):
         if (path / sign).exists():
             return opener(path)
