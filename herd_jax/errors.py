@@ -23,12 +23,18 @@ class Miscomputed(UserError):
     status = MISCOMPUTED
 
 
+class FailedAlone(UserError):
+    """This process has failed while the others, which do not know it, wait for it: all have to end, and the same command goes on."""
+
+    status = PEER_LOST
+
+
 class StartAgain(Exception):
     """The run has ended where the same command goes on: the scheduler wants the machine back, say; its text is one sentence."""
 
 
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1, of Miscomputed 78),
+    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1 but of its subclasses),
     StartAgain one line and 75; all else keeps its traceback."""
 
     @functools.wraps(main)

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from herd_jax.errors import StartAgain, UserError
+from herd_jax.errors import FailedAlone, UserError
 from herd_jax.training import storage
 from herd_jax.training.checksums import checksums, held_here, leaf_types, sealed
 from herd_jax.training.storage import Unreadable
@@ -107,6 +107,7 @@ class Checkpointer:
         with self._writing():
             if not self._is_prepared:
                 self._prepare_directory()
+            storage.require_room(self.directory, state, self.private)
             self._step = step
             self._policy.val_losses[step] = val_loss
             self._policy.sizes.pop(step, None)
@@ -180,7 +181,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Raises Unreadable on all processes, or StartAgain on those that cannot read while others wait for them."""
+        """Raises Unreadable on all processes, or FailedAlone on those that cannot read while others wait for them."""
         try:
             with storage.reading(self.private):
                 yield
@@ -189,7 +190,7 @@ class Checkpointer:
                 remedy = "bring back a good copy, or move the directory away to start anew"
                 raise UserError(f"no checkpoint in {self.directory} is readable (step {step}: {error}): {remedy}") from error
             self._move_aside(step)
-            raise StartAgain(
+            raise FailedAlone(
                 f"the checkpoint of step {step} is unreadable ({error}) and only this process found out: it is set aside, and the same command "
                 "continues with the one before"
             ) from error
@@ -238,7 +239,8 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _writing(self, alone: bool = False) -> Iterator[None]:
-        """Turns the disk's errors, of this save or of the one in the background, into SaveFailed, on every process (or `alone`)."""
+        """Turns the disk's errors, of this save or of the one in the background, into SaveFailed, on every process (or `alone`), or into
+        FailedAlone where the others do not come, since they wait in Orbax for what this one did not write."""
         failure = None
         try:
             with storage.within_time("saving a checkpoint"):
@@ -247,7 +249,16 @@ class Checkpointer:
             if not isinstance(error, OSError) and "os_error_code" not in str(error):
                 raise
             failure = error
-        if not (failure if alone else storage.on_any(failure is not None, "saving a checkpoint")):
+        try:
+            failed = failure if alone else storage.on_any(failure is not None, "saving a checkpoint", storage.ALONE_S if failure else None)
+        except UserError:
+            if failure is None:
+                raise
+            raise FailedAlone(
+                f"cannot write a checkpoint in {self.directory} ({_reason(failure)}) and the other processes wait for this one: the same "
+                "command continues with the one before"
+            ) from failure
+        if not failed:
             return
         self.is_saving = False
         self._manager.reload()  # forget the failed step, remember those that its success would have deleted

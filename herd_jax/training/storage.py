@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import logging
 import math
+import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from herd_jax.errors import UserError
 # How long a process waits for the others, in a save or a restore, and how long the writing of one checkpoint may take; at the start of a
 # save Orbax waits for 300 s.
 TIME_LIMIT_S = 600
-ALONE_S = 15  # after which a process that could not read a checkpoint takes the others for ones that could
+ALONE_S = 15  # after which a process that could not read or write a checkpoint takes the others for ones that could, and wait for it
 TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 # Of the exceptions that reading raises (of any class, for damaged files), those that say nothing about the files.
 _NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)  # jax's own errors, such as device memory, are RuntimeErrors
@@ -77,6 +80,16 @@ def state_to_restore(abstract_state: Any, private: bool) -> ocp.args.CheckpointA
     if private:
         return ocp.args.PyTreeRestore(abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state))
     return ocp.args.StandardRestore(abstract_state)
+
+
+def require_room(directory: Path, state: Any, private: bool) -> None:
+    """Raises OSError on all processes where the disk has no room for `state`. One that fills up later leaves some of them in Orbax's barriers."""
+    arrays = jax.tree.leaves(state)
+    if private:
+        arrays = [shard.data for array in arrays for shard in array.addressable_shards]
+    full = shutil.disk_usage(directory).free < sum(array.nbytes for array in arrays)
+    if on_any(full, "saving a checkpoint"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:

@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from herd_jax.errors import StartAgain, UserError
+from herd_jax.errors import PEER_LOST, FailedAlone, UserError
 from herd_jax.training import checksums, storage
-from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer, SaveFailed
 
 CONFIG = {"mesh": {"tp": 2}, "sizes": [1, 2], "rate": 0.1}
 
@@ -233,7 +233,7 @@ def test_damage_that_one_process_alone_found(two_steps, monkeypatch):
     monkeypatch.setattr(storage, "on_any", nobody_comes)
     state = abstract(place(make_state(), mesh(1), P()))
     damage(two_steps / "2" / "record" / "metadata", "truncate")
-    with pytest.raises(StartAgain, match="step 2 is unreadable .* the one before"):
+    with pytest.raises(FailedAlone, match="step 2 is unreadable .* the one before"):
         Checkpointer(two_steps, keep=2).restore(state)
     assert not (two_steps / "2").exists() and two_steps.with_name(f"{two_steps.name}.corrupt-2").exists()
     assert Checkpointer(two_steps, keep=2).restore(state).step == 1
@@ -315,26 +315,49 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, capfd, caplog):
+@pytest.mark.parametrize("filled", ["before", "meanwhile"])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, capfd, caplog, monkeypatch, filled):
+    if filled == "meanwhile":  # the disk had room when the save began
+        monkeypatch.setattr(storage, "require_room", lambda *_: None)
     small, large = {"w": jnp.arange(1000.0)}, {"w": jax.random.normal(jax.random.key(0), (2_000_000,))}
     sentence = f"checkpoint in {small_disk}/checkpoints .no space is left.: .*the earlier checkpoints are intact"
     checkpointer = Checkpointer(small_disk / "checkpoints", keep=1)
     checkpointer.save(1, small, CONFIG, {})
     for step, surface in ((2, checkpointer.wait), (3, lambda: checkpointer.save(4, small, CONFIG, {}))):
-        checkpointer.save(step, large, CONFIG, {})
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(SaveFailed, match=sentence):
+            checkpointer.save(step, large, CONFIG, {})
+            assert filled == "meanwhile"
             surface()
         assert checkpointer.steps() == [1]
     assert_same_bits(checkpointer.restore(abstract(small)).state, small)
     checkpointer.save(5, small, CONFIG, {})
     checkpointer.wait()
     assert checkpointer.steps() == [5]  # what failed saves would have deleted is deleted now
-    checkpointer.save(6, large, CONFIG, {})
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(SaveFailed, match=sentence):
+        checkpointer.save(6, large, CONFIG, {})
+        assert filled == "meanwhile"
         checkpointer.close()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     printed = capfd.readouterr().err.splitlines()
     assert all("is half-written" in line for line in printed)
+
+
+def test_a_disk_that_one_process_alone_found_full(small_disk, monkeypatch):
+    """The others, in Orbax's barrier, do not come to ours."""
+
+    def nobody_comes(flag, what, seconds=None):
+        if flag:
+            raise UserError("another process did not come")
+        return False
+
+    checkpointer = Checkpointer(small_disk / "checkpoints", keep=1)
+    monkeypatch.setattr(storage, "require_room", lambda *_: None)
+    checkpointer.save(1, {"w": jax.random.normal(jax.random.key(0), (2_000_000,))}, CONFIG, {})
+    monkeypatch.setattr(storage, "on_any", nobody_comes)
+    with pytest.raises(FailedAlone, match="no space is left.* the other processes wait for this one") as raised:
+        checkpointer.wait()
+    assert raised.value.status == PEER_LOST
+    checkpointer.close()  # does not raise another error in its place
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
