@@ -66,8 +66,7 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
         timeline = Timeline(workdir, start)
         stack.callback(timeline.close)
         stack.enter_context(Watchdog(config.train.watchdog, timeline, workdir))
-        checkpointer = TieredCheckpointer(workdir / "checkpoints", config.checkpoint)
-        stack.callback(checkpointer.close)
+        checkpointer = stack.enter_context(TieredCheckpointer(workdir / "checkpoints", config.checkpoint))
         state, position = restore(checkpointer, config, steps, initial)
         first_step = position["step"]
         timeline.begin(first_step)

@@ -31,7 +31,8 @@ from herd_jax.training.stage_config import StageConfig
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 from herd_jax.training.tiers import delete_local
-from herd_jax.training.timeline import STAGES, note_evaluation
+from herd_jax.training.timeline import STAGES, Timeline
+from herd_jax.training.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
 
@@ -106,10 +107,9 @@ def _train_until_passed(stages: list[RunConfig], number: int, begin: Initial | N
                 "rounds of training: raise max_rounds of train.gate, or ask for less there, and the same command goes on"
             )
         train(stage, begin)
-        start, num_steps = time.time(), stage.train.num_steps
-        with _ending_at_once():
+        num_steps = stage.train.num_steps
+        with _watched_evaluation(stage), _ending_at_once():
             verdict = gate(stages, number, decisions.short_loss)
-        note_evaluation(Path(stage.workdir), num_steps, start)
         passed = bool(multihost_utils.broadcast_one_to_all(np.array(verdict.passed)))  # all processes go the same way
         trains_on = not passed and decisions.num_rounds(number) < max_rounds
         trains_to = ramp.step_at(ramp.tokens_before(num_steps) + round_tokens)
@@ -197,6 +197,20 @@ def _of_stage(number: int) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"stage {number} of train.stages: {error}") from error
+
+
+@contextlib.contextmanager
+def _watched_evaluation(stage: RunConfig) -> Iterator[None]:
+    """What is done inside, after the last step of the stage, is an evaluation in its timeline, and must not hang."""
+    workdir = Path(stage.workdir)
+    timeline = Timeline(workdir, time.time(), begins=False)
+    timeline.rename("evaluation")
+    timeline.begin(stage.train.num_steps)
+    try:
+        with Watchdog(stage.train.watchdog, timeline, workdir):
+            yield
+    finally:
+        timeline.close()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from herd_jax.errors import UserError
+from herd_jax.training.background_barriers import BackgroundBarriers
 
 # How long a process waits for the others, in a save or a restore, and how long the writing of one checkpoint may take; at the start of a
 # save Orbax waits for 300 s.
@@ -65,6 +66,7 @@ def make_manager(directory: Path, private: bool, policy: "NewestAndBest", when_w
         multiprocessing_options=processing,
         async_options=ocp.options.AsyncOptions(
             timeout_secs=TIME_LIMIT_S,
+            barrier_sync_fn=None if private or jax.process_count() == 1 else BackgroundBarriers(),
             post_finalization_callback=when_written,
             create_directories_asynchronously=not private,  # else one process's note that its directory is made starts another's writing
         ),

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from herd_jax.errors import UserError
+from herd_jax.errors import FailedAlone, UserError
 from herd_jax.training import storage
 from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer, Restored, SaveFailed, newest_record, restore_newest
 
@@ -87,6 +87,16 @@ class TieredCheckpointer:
         if self._local:
             self._local.delete_after(restored.step if restored else 0)
         return restored
+
+    def __enter__(self) -> "TieredCheckpointer":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except SaveFailed:
+            if not isinstance(error, FailedAlone):  # which says it already, and how to go on
+                raise
 
     def close(self) -> None:
         """Waits for this process's part of a save, then releases the background threads. Raises SaveFailed where the last durable

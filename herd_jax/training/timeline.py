@@ -42,14 +42,6 @@ def timelines(workdir: Path) -> list[Path]:
     return [directory / FILE for directory in stages or [workdir]]
 
 
-def note_evaluation(workdir: Path, step: int, start: float) -> None:
-    """Appends what was done from `start` (seconds since the epoch) until now, after the timeline was closed."""
-    timeline = Timeline(workdir, start, begins=False)
-    timeline.rename("evaluation")
-    timeline.begin(step)
-    timeline.close()
-
-
 class Timeline:
     """Made in the phase "init", which began at `start` (seconds since the epoch): with a start of the run, or (begins=False) later."""
 

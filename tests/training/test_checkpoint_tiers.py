@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import herd_jax
-from herd_jax.errors import UserError
-from herd_jax.training import tiers
-from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from herd_jax.errors import FailedAlone, UserError
+from herd_jax.training import storage, tiers
+from herd_jax.training.checkpoint import CheckpointConfig, Checkpointer, SaveFailed
 from herd_jax.training.tiers import TieredCheckpointer
 
 
@@ -212,8 +212,19 @@ def test_a_disk_that_is_really_full(tmp_path, capfd):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("ending, reported", [(FailedAlone("the others wait"), FailedAlone), (UserError("interrupted"), SaveFailed)])
+def test_a_failed_save_is_told_at_the_end_unless_that_is_another_one(tmp_path, monkeypatch, ending, reported):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "require_room", full)
+    with pytest.raises(reported), TieredCheckpointer(tmp_path / "run", CheckpointConfig()) as checkpointer:
+        save(checkpointer, 1, durable=True)
+        raise ending
+
+
 SCRIPT = """
-import sys, shutil
+import resource, shutil, sys
 from pathlib import Path
 import jax, numpy as np
 index, port, workdir, scene = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
@@ -258,6 +269,23 @@ if scene == "tiers":
             path.write_bytes(path.read_bytes()[:10])
     restores(1)
     assert not list(own().iterdir())
+elif scene == "one fails":  # its disk takes no large files
+    storage.TIME_LIMIT_S = 30
+    with open_run() as checkpointer:
+        checkpointer.save(1, make(1), {}, {})
+        checkpointer.wait()
+        if index == 1:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        checkpointer.save(2, make(2), {}, {})
+        checkpointer.wait()
+        print("known", file=sys.stderr)
+        if index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpointer.save(3, make(3), {}, {})
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 3], checkpointer.steps()
+    restores(3)
 else:  # a process that does not come
     storage.TIME_LIMIT_S = 5
     if index == 0:
@@ -292,6 +320,12 @@ def two_processes(tmp_path, scene):
 def test_a_local_checkpoint_needs_the_parts_of_all_processes(tmp_path):
     err = two_processes(tmp_path, "tiers")[0]
     assert "the checkpoint of step 3 is unreadable (another process cannot read it): deleted, using step 1" in err
+
+
+def test_a_save_that_one_process_cannot_write_is_lost_for_all(tmp_path):
+    ours, theirs = two_processes(tmp_path, "one fails")
+    assert "(another process could not write it): training goes on, the next save tries again" in ours and ours.endswith("known\n")
+    assert "another process" not in theirs and theirs.count("cannot write a checkpoint") == 1 and theirs.endswith("known\n")
 
 
 def test_no_process_waits_for_ever(tmp_path):

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -233,6 +235,24 @@ def test_a_signal_at_the_gate(number, error, data, whole, tmp_path):
     assert signal.getsignal(number) is handler
     train_stages(config(data, workdir), Judge())
     assert len(lines(workdir / "stages.jsonl")) == 2
+
+
+def test_a_gate_that_hangs_is_ended(data, whole, tmp_path, monkeypatch, capsys):
+    """By the watchdog, which leaves a flight record."""
+    ended = threading.Event()
+
+    class Hanging(Judge):
+        def __call__(self, *asked):
+            assert ended.wait(timeout=60)
+            raise UserError("as if it were not the end")
+
+    monkeypatch.setattr("herd_jax.training.watchdog.os._exit", lambda status: (ended.set(), sys.exit()))
+    monkeypatch.setattr("herd_jax.training.stages.train", lambda *_: None)  # there is nothing to do
+    workdir = killed(whole, tmp_path / "run", 6)
+    with pytest.raises(UserError, match="as if it were not the end"):
+        train_stages(config(data, workdir, watchdog={"other_seconds": 0.5}), Hanging())
+    record = next((workdir / "stages" / "2-64" / "flight").glob("step-6-*.txt")).read_text()
+    assert "in phase 'evaluation' after step 6: no progress for" in record
 
 
 def test_what_a_stage_changes(data):
