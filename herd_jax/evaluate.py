@@ -25,8 +25,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _run(commands) -> None:
     def run(args: argparse.Namespace) -> str:
-        if find_spec("lm_eval") is None:
-            raise UserError("run needs the package lm_eval, which is not installed: pip install -e '.[eval]'")
+        _require("run", "lm_eval", "eval")
         from herd_jax.evaluation import harness
 
         return harness.run(
@@ -49,8 +48,7 @@ def _run(commands) -> None:
 
 def _contamination(commands) -> None:
     def run(args: argparse.Namespace) -> str:
-        if find_spec("datatrove") is None:
-            raise UserError("contamination needs the package datatrove, which is not installed: pip install -e '.[curate]'")
+        _require("contamination", "datatrove", "curate")
         from herd_jax.evaluation.contamination import contamination
 
         return contamination(args.tasks, args.streams, args.scores, args.data, args.output, args.index, args.workers)
@@ -93,6 +91,7 @@ def _report(commands) -> None:
 
 def _needle(commands) -> None:
     def run(args: argparse.Namespace) -> str:
+        _require("needle", "matplotlib", "plot")
         from herd_jax.evaluation.needle_report import evaluate_needle
 
         return evaluate_needle(
@@ -103,7 +102,8 @@ def _needle(commands) -> None:
     command = commands.add_parser("needle", help="facts hidden in long texts: which are found, by length and depth")
     _add_model(command)
     command.add_argument("--lengths", nargs="+", type=int, default=(), metavar="TOKENS", help="default: the model's context and its halves")
-    command.add_argument("--depths", nargs="+", type=float, default=(), metavar="SHARE", help="of the text before it; default: 0 0.1 ... 1")
+    depths = "of the text before it; default: 0 0.1 ... 1; not with --multi"
+    command.add_argument("--depths", nargs="+", type=float, default=(), metavar="SHARE", help=depths)
     command.add_argument("--samples", type=int, default=4, metavar="N", help="needles at each length and depth; default: 4")
     command.add_argument("--haystack", nargs="+", default=(), metavar="GLOB", help="files of text; default: Python's manual")
     command.add_argument("--multi", action="store_true", help="the paper's test: 4 needles, 2 asked for; default: ten lengths to 131,072")
@@ -132,6 +132,7 @@ def _dataset_value(commands) -> None:
 
 def _robustness(commands) -> None:
     def run(args: argparse.Namespace) -> str:
+        _require("robustness", "matplotlib", "plot")
         from herd_jax.evaluation.robustness import evaluate_robustness
 
         return evaluate_robustness(args.model, _mesh(args), args.dtype, args.tasks, args.data, args.limit, args.seed, args.output)
@@ -143,6 +144,11 @@ def _robustness(commands) -> None:
     command.add_argument("--limit", type=int, metavar="N", help="items a task; default: all")
     command.add_argument("--seed", type=int, default=0, help="draws the examples")
     command.set_defaults(run=run)
+
+
+def _require(command: str, package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(f"{command} needs the package {package}, which is not installed: pip install -e '.[{extra}]'")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

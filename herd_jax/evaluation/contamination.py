@@ -4,12 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from herd_jax.curation.decontamination import NGRAM
+from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 from herd_jax.evaluation.contamination_gain import estimate
 from herd_jax.evaluation.contamination_scan import scan
 from herd_jax.evaluation.multiple_choice import load_items
-from herd_jax.evaluation.results import item_id, read_items, write_file, write_results
-from herd_jax.evaluation.task_data import read_records
+from herd_jax.evaluation.results import check_writable, item_id, read_items, write_file, write_results
+from herd_jax.evaluation.task_data import read_records, read_texts
 from herd_jax.evaluation.tasks import asdiv, humaneval
 
 OUTPUT = "evaluation/contamination"
@@ -31,6 +33,8 @@ def contamination(
 
     `tasks` are those of `run`, or names for which `data` holds `NAME.jsonl` with a "text" or "prompt" (and perhaps an "id") of each item.
     `streams`: token streams. `scores`: directories with items of evaluated models, joined by id. `index`: where `scan` keeps what it found.
+    An item of fewer than 8 words is one n-gram, found whole or not at all; how many are so short is told, for a few words often stand
+    together in other texts as well.
     Raises UserError for data, streams or scores that cannot be read, and for scores of other items.
     """
     if workers < 0:
@@ -39,13 +43,15 @@ def contamination(
     texts = {task: item_texts(task, data) for task in tasks}
     models = _model_names(scores)
     score = {task: {model: _scores(scored, task, texts[task]) for model, scored in models.items()} for task in tasks}
+    check_writable(directory)
     found = scan({task: list(items.values()) for task, items in texts.items()}, streams, index or directory / "index", workers)
     results = {}
     for task in tasks:
         coverage = dict(zip(texts[task], found[task].tolist(), strict=True))
         rows = (json.dumps({"id": each, "coverage": share}) + "\n" for each, share in coverage.items())
         write_file(directory / "coverage" / f"{task}.jsonl", "".join(rows))
-        results[task] = estimate(coverage, score[task])
+        short = sum(len(words.split(text).folded) < NGRAM for text in texts[task].values())
+        results[task] = {"num_short": short} | estimate(coverage, score[task])
     settings = {"streams": list(streams), "scores": models, "data": data}
     path = write_results(directory, "contamination", ", ".join(models), settings, results)
     return f"{table(results, list(models))}\nwritten: {path}"
@@ -56,11 +62,12 @@ def item_texts(task: str, data: str | None) -> dict[str, str]:
     file = Path(data, f"{task}.jsonl").expanduser() if data else None
     first = next(read_records(file), {}) if file and file.is_file() else {}
     if field := next((field for field in TEXT_FIELDS if field in first), None):
-        records = list(read_records(file))
-        for number, record in enumerate(records, start=1):
-            if not isinstance(record.get(field), str):
-                raise UserError(f"item {number} of {file} has no {field}: give each a field '{field}'")
-        return {str(record.get("id") or item_id(record[field])): record[field] for record in records}
+        texts: dict[str, str] = {}
+        for record in read_texts(file, (field,)):
+            text = texts.setdefault(each := str(record.get("id") or item_id(record[field])), record[field])
+            if text != record[field]:
+                raise UserError(f"{file} has two items of the id {each}: give each its own")
+        return texts
     if task in WRITTEN:
         made = WRITTEN[task](task, "base", data)
         return {row["id"]: row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:") for row in [*made["dev"], *made["test"]]}
@@ -78,6 +85,8 @@ def table(results: dict, models: Sequence[str]) -> str:
         rows.append([task, f"{found['num_items']:,}", f"{found['mean_coverage']:.1%}", *at, threshold, contaminated, *gains])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    if short := [f"{found['num_short']:,} of {task}" for task, found in results.items() if found["num_short"]]:
+        lines.append(f"of fewer than {NGRAM} words, so found whole or not at all: {', '.join(short)}")
     if models:
         lines.append("gain: score of all items less that of the clean ones, in points; *: significant; -: none is, or items are too few")
     return "\n".join(lines)

@@ -5,11 +5,14 @@ import os
 for _library in ("HF_HUB", "HF_DATASETS", "HF_EVALUATE", "TRANSFORMERS"):  # read when the harness is imported
     os.environ.setdefault(f"{_library}_OFFLINE", "1")
 
+import contextlib  # noqa: E402
 import logging  # noqa: E402
 import math  # noqa: E402
+import sqlite3  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from unittest import mock  # noqa: E402
 
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -18,7 +21,15 @@ from lm_eval.utils import make_table  # noqa: E402
 from herd_jax.errors import UserError  # noqa: E402
 from herd_jax.evaluation.harness_model import HarnessModel  # noqa: E402
 from herd_jax.evaluation.local_tasks import NAMES, PRESETS, local_task  # noqa: E402
-from herd_jax.evaluation.results import half_interval, item_id, output_directory, write_items, write_results  # noqa: E402
+from herd_jax.evaluation.results import (  # noqa: E402
+    check_output,
+    check_writable,
+    half_interval,
+    item_id,
+    output_directory,
+    write_items,
+    write_results,
+)
 from herd_jax.evaluation.task_data import check_directory  # noqa: E402
 from herd_jax.mesh import MeshConfig  # noqa: E402
 from herd_jax.model import Model, load  # noqa: E402
@@ -43,6 +54,7 @@ def run(
         raise UserError(f"--limit is {limit}: it must be 1 or more")
     found = find_tasks(tasks, preset, data)
     model, directory = load(path, mesh, dtype), output_directory(output, path)
+    check_output(directory, path)
     results = evaluate(model, found, directory / "cache", limit, batch_size, chats)
     for task, samples in results["samples"].items():
         write_items(directory, task, map(_item, _first_filter(samples)))
@@ -55,27 +67,39 @@ def run(
 def evaluate(model: Model, tasks: Sequence, cache: Path, limit: int | None = None, batch_size: int = 16, chats: bool = False) -> dict:
     """What the harness finds of `tasks` (its own task objects), answers kept in `cache`, in one file for each content of the model.
 
-    Raises UserError for a model without a tokenizer, or without a chat format where `chats`.
+    Raises UserError for a model without a tokenizer, or without a chat format where `chats`, and a cache that is damaged.
     """
     if chats and model.tokenizer is not None:
         from herd_jax.text import chat
 
         chat.render([{"role": "user", "content": "?"}], model.tokenizer, add_assistant_header=True)
     harness_model = HarnessModel(model, batch_size, chats)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{cache} cannot be made ({error.strerror}): give an --output that can be written") from error
-    results = simple_evaluate(
-        harness_model, tasks=list(tasks), limit=limit, use_cache=str(cache / harness_model.fingerprint), apply_chat_template=chats,
-        task_manager=TaskManager(include_defaults=False), bootstrap_iters=1000,
-    )  # fmt: skip
+    check_writable(cache)
+    kept = cache / harness_model.fingerprint
+    _check_kept(kept)
+    with mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):  # else git complains wherever there is no repository
+        results = simple_evaluate(
+            harness_model, tasks=list(tasks), limit=limit, use_cache=str(kept), apply_chat_template=chats,
+            task_manager=TaskManager(include_defaults=False), bootstrap_iters=1000,
+        )  # fmt: skip
     if harness_model.num_cut:
         print(
             f"warning: {harness_model.num_cut} prompts are longer than the model's context of {harness_model.max_length} tokens and lost their "
             "beginning: evaluate a model of a longer context, or read these scores as those of shortened prompts", file=sys.stderr,
         )  # fmt: skip
     return results
+
+
+def _check_kept(kept: Path) -> None:
+    """The harness would find a damaged file in a thread of its own, whose traceback nothing stops."""
+    for file in kept.parent.glob(f"{kept.name}*.db"):
+        try:
+            with contextlib.closing(sqlite3.connect(file)) as answers:
+                (found,) = answers.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            raise UserError(f"{file}, the answers so far, is damaged ({found.splitlines()[-1]}): remove it and start again")
 
 
 def find_tasks(names: Sequence[str], preset: str, data: str | None) -> list:

@@ -114,8 +114,18 @@ class HarnessModel(TemplateLM):
             whole = [*context, *continuation][-room:]
             self.num_cut += len(whole) < len(context) + len(continuation)
             fitting.append((whole[: len(whole) - len(continuation)], continuation))
-        scores = self.scorer.score(self.loaded.params, fitting)
-        return ((i, tuple(score)) for i, score in tqdm(scores, "scored", len(fitting), disable=quiet))
+        waiting = dict.fromkeys(range(len(fitting)))
+        try:
+            for i, score in tqdm(self.scorer.score(self.loaded.params, fitting), "scored", len(fitting), disable=quiet):
+                del waiting[i]
+                yield i, tuple(score)
+        except UserError as error:  # a score is not finite
+            context, continuation = fitting[next(iter(waiting))]
+            text = self.loaded.tokenizer.decode([*context, *continuation])[-60:]
+            raise UserError(
+                f"the model's log-likelihoods are not finite, first of the item that ends in {text!r}: its weights are damaged; "
+                "give another checkpoint"
+            ) from error
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Up to one of the task's `until` strings, a stop token or `max_gen_toks`; requests of one kind and similar length together."""
@@ -123,6 +133,9 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             kinds[json.dumps(request.args[1], sort_keys=True)].append(i)
         found: dict[int, str] = {}
+        if requests:  # of a damaged model any text could come
+            first = self.tok_encode(requests[0].args[0])[-self.max_length :]
+            list(self._scores([([self.prefix_token_id, *first[:-1]], first[-1:] or [self.prefix_token_id])], quiet=True))
         with tqdm(total=len(requests), desc="generated", disable=disable_tqdm) as progress:
             for kind, members in kinds.items():
                 options = self._options(json.loads(kind))

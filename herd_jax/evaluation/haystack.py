@@ -105,7 +105,10 @@ class PromptMaker:
         hidden = sorted(((needle.depth, self.needle_ids(needle)) for needle in needles), key=lambda pair: pair[0])
         room = size - len(intro) - len(question) - sum(len(ids) for _, ids in hidden)
         if room < 0:
-            raise UserError(f"{max(size, 0)} tokens have no room for the needles and the question, which take {size - room}: ask for longer lengths")
+            raise UserError(
+                f"{max(size, 0)} tokens, a length less that of the answer, have no room for the needles and the question, "
+                f"which take {size - room}: ask for longer lengths"
+            )
         text = self.haystack[(start + np.arange(room)) % len(self.haystack)].tolist()
         ids, last = intro, 0
         for depth, needle_ids in hidden:

@@ -77,6 +77,8 @@ def _own(record: dict) -> Item:
     question, choices, answer = record["question"], record["choices"], record["answer"]
     if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError("question and choices must be text")
+    if not 2 <= len(choices) <= len(LETTERS) or not all(choice.strip() for choice in choices):
+        raise ValueError(f"there must be 2 to {len(LETTERS)} choices, none of them empty")
     index = LETTERS.index(answer) if isinstance(answer, str) else answer
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise ValueError(f"answer {answer!r} is none of {len(choices)} choices")

@@ -44,10 +44,12 @@ def needle_recall(
     """The share of `num_samples` needles found at each length (tokens of prompt and answer together) and depth (in [0, 1]).
 
     `haystack`: token ids [M], see `read_haystack`. Every prompt has its own needle and piece of the haystack, drawn from `seed`, its length, depth and
-    number alone. Raises UserError for lengths beyond the model's context or without room for the needle, and depths outside [0, 1].
+    number alone. Raises UserError for lengths beyond the model's context or without room for the needle, depths outside [0, 1], and what is
+    named twice.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise UserError(f"depths are {tuple(depths)}: give shares of the text from 0 to 1")
+    _refuse_repeated("depths", depths)
     maker = _maker(model, lengths, num_samples, haystack, template, in_dialog)
     cells = [(length, depth, sample) for length in lengths for depth in depths for sample in range(num_samples)]
     prompts, answers, items = [], [], []
@@ -119,9 +121,15 @@ def _maker(model: Model, lengths: Sequence[int], num_samples: int, haystack: np.
         raise UserError(f"the template '{template}' is not known: choose one of {', '.join(TEMPLATES)}")
     if not lengths or min(lengths) < 1 or num_samples < 1:
         raise UserError(f"lengths are {tuple(lengths)} and samples {num_samples}: give one or more, each 1 or more")
+    _refuse_repeated("lengths", lengths)
     if model.context_length is not None and max(lengths) > model.context_length:
         raise UserError(f"a length of {max(lengths)} tokens is beyond the model's context of {model.context_length}: leave it out")
     return PromptMaker(TEMPLATES[template], model.text_tokenizer(), haystack, in_dialog)
+
+
+def _refuse_repeated(name: str, values: Sequence[float]) -> None:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise UserError(f"{name} has {repeated[0]:g} twice: name each once")
 
 
 def share_found(answer: str, values: Sequence[str]) -> float:

@@ -1,9 +1,11 @@
 """`python -m herd_jax.evaluate needle`: runs a needle test and writes its numbers, items and picture."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from herd_jax.errors import UserError
 from herd_jax.evaluation.haystack import read_haystack
 from herd_jax.evaluation.needle import (
     NeedleResult,
@@ -12,6 +14,7 @@ from herd_jax.evaluation.needle import (
     needle_recall,
 )
 from herd_jax.evaluation.results import (
+    check_output,
     half_interval,
     output_directory,
     write_items,
@@ -29,11 +32,17 @@ def evaluate_needle(
     template: str, in_dialog: bool, multi: bool, seed: int, output: str | None,
 ) -> str:  # fmt: skip
     """What the command prints; see `needle_recall` and `multi_needle_recall`. Writes `needle.json` or `multi-needle.json`, the items and a
-    PNG into `output`."""
+    PNG into `output`. Raises UserError as they do, for depths of the multi-needle test, and for a model whose outputs are not finite."""
+    if multi and depths:
+        raise UserError("--multi hides its needles at random depths: leave --depths out")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}: it must be 0 or more")
     model, directory = load(path, mesh, dtype), output_directory(output, path)
+    check_finite(model)
     haystack = read_haystack(files, model.text_tokenizer())
     name = "multi-needle" if multi else "needle"
     lengths = tuple(lengths) or (multi_lengths(model.context_length) if multi else default_lengths(model))
+    check_output(directory, path)
     if multi:
         result = multi_needle_recall(model, lengths, num_samples, haystack, seed, template, in_dialog)
     else:
@@ -45,6 +54,13 @@ def evaluate_needle(
     with figure_file(picture, 1.5 + 0.7 * len(lengths), 4) as figure:
         draw(figure.add_subplot(), result)
     return f"{table(result)}\nwritten: {json_file}, {picture}"
+
+
+def check_finite(model: Model) -> None:
+    """Raises UserError where the model's outputs are not finite: it would be told that it found no needle."""
+    (loss,) = model.loss(["What is asked for?"])
+    if not math.isfinite(loss.nats_per_token):
+        raise UserError("the model's outputs are not finite: its weights are damaged; give another checkpoint")
 
 
 def default_lengths(model: Model) -> tuple[int, ...]:

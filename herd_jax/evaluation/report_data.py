@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from herd_jax.errors import UserError
-from herd_jax.evaluation.results import read_results
+from herd_jax.evaluation.results import OF_SEVERAL, read_results
 
-COMPARE, CONTAMINATION = "compare", "contamination"  # commands whose results are of several models
 VALIDATION = ("val_loss", "val_bits_per_byte")
 
 
@@ -45,7 +44,7 @@ def collect(directories: Sequence[str | Path]) -> Report:
     report = Report([], [], [])
     for directory in directories:
         records = read_results(directory)
-        shared = [(report.contamination, records.pop(CONTAMINATION, None)), (report.comparisons, records.pop(COMPARE, None))]
+        shared = [(found, records.pop(command, None)) for found, command in zip((report.comparisons, report.contamination), OF_SEVERAL)]
         for found, record in shared:
             found += [record] if record else []
         model = _model(Path(directory), records)

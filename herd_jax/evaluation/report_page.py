@@ -104,7 +104,7 @@ def _comparison(record: dict[str, Any]) -> Html:
         tests = [found["wins"], found["losses"], f"{found['p']:.2g}", f"{found['p_holm']:.2g}", verdict]
         rows.append([code(task), found["num_items"], *scores, difference, *tests])
     names = ("task", "items", first, second, "difference, 95 %", "won", "lost", "p", "p, Holm", "")
-    tests = "p: exact McNemar for scores of 0 and 1, else flips of signs; Holm: for all tasks at once."
+    tests = "p: exact McNemar for scores of 0 and 1, else flips of signs; Holm: for all tests at once."
     about = f"Difference: {second} less {first}, on the same items. {tests}"
     return join([table(names, rows), element("p", about, class_="note")])
 

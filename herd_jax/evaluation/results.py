@@ -6,6 +6,7 @@ A file appears whole or not at all. `compare` and `contamination` join the items
 import json
 import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -18,12 +19,32 @@ import numpy as np
 from herd_jax.errors import UserError
 
 VERSION = 1
+OF_SEVERAL = ("compare", "contamination")  # commands whose results are of several models, and may lie beside those of one
 _KEYS = {"command", "model", "version", "settings", "results"}
 
 
 def output_directory(output: str | Path | None, model: str | Path) -> Path:
     """What `--output` says, else `evaluation/<last part of the model's path>`."""
     return Path(output) if output else Path("evaluation") / Path(model).resolve().name
+
+
+def check_writable(directory: Path) -> None:
+    """Makes the directory where there is none: called before hours of computing. Raises UserError where no file can be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}): give an --output that can be") from error
+
+
+def check_output(directory: Path, model: str | Path) -> None:
+    """As `check_writable`, for results of one model: raises UserError, too, where the directory holds those of another, whose items would
+    be taken for this one's."""
+    check_writable(directory)
+    for record in read_results(directory).values():
+        if record["command"] not in OF_SEVERAL and Path(record["model"]).resolve() != Path(model).resolve():
+            raise UserError(f"{directory} holds results of another model, {record['model']}: give another --output")
 
 
 def item_id(*texts: str) -> str:

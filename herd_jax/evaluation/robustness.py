@@ -14,7 +14,7 @@ import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.multiple_choice import Item, load_items
-from herd_jax.evaluation.results import half_interval, output_directory, write_items, write_results
+from herd_jax.evaluation.results import check_output, half_interval, output_directory, write_items, write_results
 from herd_jax.evaluation.robustness_variants import NUM_CHOICES, NUM_SHOTS, Variant, distance, draw_shots, letters, studies
 from herd_jax.figure import figure_file
 from herd_jax.inference.continuations import ContinuationScorer
@@ -40,6 +40,7 @@ def evaluate_robustness(
     fitting = {task: [item for item in load_items(task, data) if len(item.choices) == NUM_CHOICES] for task in tasks}
     drawn = {task: draw_shots(task, items, seed) for task, items in fitting.items()}  # refused before the model is read, not after
     score, directory = label_scorer(load(path, mesh, dtype)), output_directory(output, path)
+    check_output(directory, path)
     results, tables, pictures = {}, [], []
     for task, (shots, items) in drawn.items():
         found = measure(score, items[:limit], shots)

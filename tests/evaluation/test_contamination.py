@@ -89,6 +89,17 @@ def test_documents_are_searched_each_by_itself(stream, tmp_path):
     np.testing.assert_array_equal(scan(texts, [stream("whole", [" ".join(words)])], tmp_path / "index", 1)["task"], [1, 0, 1])
 
 
+def test_items_of_fewer_words_than_an_8_gram_are_found_whole_or_not_at_all_and_counted(stream, tmp_path):
+    """Seven words are one n-gram; in a text that has but six of them nothing is found. Eight words are no short item."""
+    seven, eight = text_of(random.Random(4), 7), text_of(random.Random(5), 8)
+    data = write_task(tmp_path / "data", [seven, "?!", eight])
+    for name, seen, expected in (("whole", seven, [1, 0, 0]), ("part", seven.rsplit(" ", 1)[0], [0, 0, 0])):
+        printed = contamination(["task"], [str(stream(name, [f"before {seen} behind"]))], (), data, str(tmp_path / "out"), workers=1)
+        assert "of fewer than 8 words, so found whole or not at all: 2 of task" in printed.splitlines()
+        assert [json.loads(line)["coverage"] for line in (tmp_path / "out/coverage/task.jsonl").open()] == expected
+        assert read_results(tmp_path / "out")["contamination"]["results"]["task"]["num_short"] == 2
+
+
 # 20 clean items of which 10 are right, 10 covered by half of which 5 are, 10 covered whole that all are.
 COVERAGE = np.repeat([0.0, 0.5, 1.0], [20, 10, 10])
 SCORE = np.array([1, 0] * 10 + [1, 0] * 5 + [1] * 10, float)
@@ -164,17 +175,23 @@ def test_the_command(stream, tmp_path):
 def test_bad_input(stream, tmp_path):
     web, data = stream("web", ["some text"]), write_task(tmp_path / "data", ["one"])
     write_items(tmp_path / "model", "task", [{"id": "other", "score": 1}])
+    (tmp_path / "data" / "twice.jsonl").write_text('{"id": 7, "text": "x"}\n{"id": 7, "text": "y"}\n')
     (tmp_path / "data" / "half.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
     for arguments, message in (
         ((["task"], [str(tmp_path / "none")], (), data), "token stream .*none does not exist"),
         ((["task"], [str(web)], [str(tmp_path / "model")], data), "items of task in .*model score none of its 1 texts"),
         ((["task"], [str(web)], [str(tmp_path / "absent")], data), "absent"),
         ((["half"], [str(web)], (), data), "item 2 of .*half.jsonl has no text"),
+        ((["twice"], [str(web)], (), data), "twice.jsonl has two items of the id 7: give each its own"),
         ((["missing"], [str(web)], (), data), "the data of task missing is missing"),
     ):
         with pytest.raises(UserError, match=message) as error:
             contamination(*arguments, str(tmp_path / "out"), workers=1)
         assert "\n" not in str(error.value)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written .*: give an --output that can be"):
+        contamination(["task"], [str(web)], (), data, str(tmp_path / "file"), str(tmp_path / "index"), workers=1)
+    assert not (tmp_path / "index").exists()
     with pytest.raises(UserError, match="--workers is -1"):
         contamination(["task"], [str(web)], (), data, workers=-1)
     with pytest.raises(UserError, match="task empty has no items"):

@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
+import math
 import shutil
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from herd_jax.config import parse
-from herd_jax.data.rows import MixPhase
+from herd_jax.data.rows import MixPhase, load_data_tokenizer, open_streams, validation_rows
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
-from herd_jax.evaluation.dataset_value import _annealed, _half_trained, dataset_value
+from herd_jax.evaluation.dataset_value import SourceLoss, _annealed, _half_trained, dataset_value, half_interval, held_out_losses
 from herd_jax.evaluation.results import read_results
-from herd_jax.mesh import MeshConfig
+from herd_jax.interop.load import load_params, open_source
+from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.training.loop import train
-from herd_jax.training.run import RunConfig
+from herd_jax.training.run import RunConfig, build_steps
+from herd_jax.training.validation import HeldOutLoss, Validation
 
 LETTERS = {"prose": "abcd ", "code": "(){};", "candidate": "0123456789+"}
 
@@ -31,7 +36,7 @@ def base(tmp_path_factory):
     for name, letters in LETTERS.items():
         (base / "text" / name).mkdir(parents=True)
         for i in range(40):
-            (base / "text" / name / f"{i}.txt").write_text("".join(rng.choice(list(letters), 60)))
+            (base / "text" / name / f"{i}.txt").write_text("".join(rng.choice(list(letters), 130)))
         tokenize_files([str(base / "text" / name)], "bytes", base / name, validation_fraction=0.2, processes=1)
     config = {
         "workdir": str(base / "run"),
@@ -76,12 +81,47 @@ def test_the_candidate_is_learned_where_it_is_in_the_mixture(done):
     assert table["candidate"]["difference"] == table["candidate"]["candidate"] - table["candidate"]["default"] < -0.1
     assert table["default mix"]["default"] < table["default mix"]["before"]
     for line in printed.splitlines()[2:6]:
-        *name, before, default, with_candidate, difference = line.split()
+        *name, before, default, with_candidate, difference, plus_minus, half = line.split()
         row = table[" ".join(name)]
-        assert [float(before), float(default), float(with_candidate), float(difference)] == pytest.approx(
-            [row["before"], row["default"], row["candidate"], row["difference"]], abs=1e-4
+        assert [float(before), float(default), float(with_candidate), float(difference), float(half)] == pytest.approx(
+            [row["before"], row["default"], row["candidate"], row["difference"], row["half_interval"]], abs=1e-4
         )
+        assert plus_minus == "±" and 0 < row["half_interval"]
     assert "from step 9 (56% of the run) for 2,048 tokens, 30% of them from" in printed
+
+
+def test_the_losses_are_those_of_validation(base):
+    """In groups of a row, or of one on each dp rank, the last of which is filled up."""
+    _, config = _half_trained(base / "run")
+    rows = validation_rows(open_streams(config.data, "validation"), 32, 2 * 8 * 2)
+    num_rows = {Path(path).name: len(of_source) for path, of_source in zip(config.data.paths, rows, strict=True)}
+    for mesh in (MeshConfig(tp=2, cp=4, dp=1), MeshConfig(dp=8)):
+        config = dataclasses.replace(config, mesh=mesh)
+        (found,) = held_out_losses([base / "run"], config, config.data.paths)
+        steps, streams = build_steps(config, make_mesh(config.mesh)), open_streams(config.data, "validation")
+        four = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_batches=4))
+        validation = Validation(four, steps, streams, load_data_tokenizer(config.data, streams))
+        params = load_params(open_source(base / "run"), steps.layout, steps.model.declared, jnp.float32)
+        expected = validation.by_source(params, config.train.ramp.phases[0])
+        for name, loss in found.items():
+            total = HeldOutLoss.total(loss.groups)
+            assert total == pytest.approx(expected[name], rel=1e-5) and loss.bits_per_byte == total.bits_per_byte
+            assert len(loss.groups) == -(-num_rows[name] // mesh.dp) > 1
+
+
+def test_the_interval_of_a_difference():
+    """By hand: 8 bits fewer over 10 bytes and 4 over 10 are 0.6 a byte, with residuals 2 and 2, and 12.706 is Student's for two groups; and
+    as the bootstrap has it."""
+    made = lambda bits, sizes: SourceLoss([HeldOutLoss(b * math.log(2), 5, size) for b, size in zip(bits, sizes, strict=True)])
+    default, candidate = made([20, 20], [10, 10]), made([12, 16], [10, 10])
+    assert half_interval(default, candidate) == pytest.approx(12.706 * math.sqrt(2 * (2**2 + 2**2)) / 20, rel=1e-4)
+    assert half_interval(made([20], [10]), made([12], [10])) is None
+    rng = np.random.default_rng(0)
+    sizes, bits = rng.integers(50, 150, 200), rng.normal(100, 30, 200)
+    change = rng.normal(-10, 3, 200) * sizes / 100
+    picked = rng.integers(200, size=(4000, 200))
+    expected = 1.972 * (change[picked].sum(1) / sizes[picked].sum(1)).std()
+    assert half_interval(made(bits, sizes), made(bits + change, sizes)) == pytest.approx(expected, rel=0.05)
 
 
 def test_the_settings_say_what_was_done(base, done):
@@ -100,7 +140,9 @@ def test_the_same_command_has_nothing_left_to_train(base, done):
     before = (output / "dataset-value/default/metrics.jsonl").read_bytes()
     value(base, output, num_tokens=8 * 256, held_out=[str(base / "code")], mesh=MeshConfig(tp=2, dp=4))
     again = read_results(output)["dataset-value"]["results"]["bits_per_byte"]
-    assert all(row == pytest.approx(table[name], abs=1e-5) for name, row in again.items()) and again.keys() == table.keys()
+    for name, row in again.items():  # but for the interval, of which each dp rank's rows are a part
+        assert row | {"half_interval": 0} == pytest.approx(table[name] | {"half_interval": 0}, abs=1e-5)
+    assert again.keys() == table.keys()
     assert (output / "dataset-value/default/metrics.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="made with other values of optimizer.anneal_steps"):
         value(base, output, num_tokens=4 * 256)

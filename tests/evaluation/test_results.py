@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.results import (
+    check_output,
+    check_writable,
     half_interval,
     item_id,
     item_tasks,
@@ -65,6 +68,20 @@ def test_output_directory(tmp_path):
     assert output_directory(tmp_path, "model") == tmp_path
 
 
+def test_a_directory_that_can_be_written_is_made_and_empty(tmp_path):
+    check_writable(tmp_path / "new" / "one")
+    assert not list((tmp_path / "new" / "one").iterdir())
+
+
+def test_a_directory_is_one_model_s(tmp_path):
+    """However its path is written; what is of several models may lie there too."""
+    write_results(tmp_path, "run", "models/a/", {}, {})
+    write_results(tmp_path, "compare", "a and b", {}, {})
+    check_output(tmp_path, Path("models/a").resolve())
+    with pytest.raises(UserError, match="holds results of another model, models/a/: give another --output"):
+        check_output(tmp_path, "models/b")
+
+
 def test_bad_input(tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text('{"command": ')
@@ -82,6 +99,8 @@ def test_bad_input(tmp_path):
         (lambda: read_items(tmp_path / "old", "boolq"), "boolq.jsonl does not exist, .*old has items of mmlu, piqa"),
         (lambda: read_items(tmp_path / "old", "mmlu"), "mmlu.jsonl is damaged"),
         (lambda: read_items(tmp_path / "old", "piqa"), "piqa.jsonl has a line without an id"),
+        (lambda: check_writable(tmp_path / "file"), "file cannot be written .File exists.: give an --output that can be"),
+        (lambda: check_writable(tmp_path / "file" / "below"), "below cannot be written .Not a directory."),
         (lambda: write_results(tmp_path / "file" / "below", "run", "m", {}, {}), "run.json cannot be written"),
     ):
         with pytest.raises(UserError, match=message) as error:

@@ -170,6 +170,9 @@ def test_bad_input(files):
     root, model = files
     with pytest.raises(UserError, match="--limit is 0: it must be 1 or more"):
         run(root, limit=0)
+    (root / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written .*: give an --output that can be"):
+        evaluate_robustness(str(root / "model"), None, None, ["données"], str(root), None, 0, str(root / "file"))
     with pytest.raises(UserError, match="short has 0 items of 4 choices: give 6 or more"):
         run(root, ["données", "short"])
     with pytest.raises(UserError, match="has 68 tokens, and the model's context holds 64: draw other examples"):

