@@ -117,7 +117,7 @@ class NewestAndBest:
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        whole = [step for step in steps if self._is_whole(step)]
+        whole = [step for step in steps if step == steps[-1] or self._is_whole(step)]  # the last is the one that is being written
         evaluated = [step for step in whole if self.val_losses.get(step) is not None]
         best = min(evaluated, key=lambda step: (self.val_losses[step], -step), default=None)
         return [step == best or step in steps[-self.keep :] or step in whole[-self.keep :] for step in steps]
@@ -128,7 +128,7 @@ class NewestAndBest:
         self.sizes[step] = {path.relative_to(directory): path.stat().st_size for path in directory.glob("*/**/*") if path.is_file()}
 
     def _is_whole(self, step: int) -> bool:
-        paths = {path: self.directory / str(step) / path for path in self.sizes.get(step, ())}  # none of the one that is being written
+        paths = {path: self.directory / str(step) / path for path in self.sizes.get(step, ())}
         return all(path.is_file() and path.stat().st_size == self.sizes[step][name] for name, path in paths.items())
 
 

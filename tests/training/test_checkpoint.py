@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -300,6 +301,29 @@ def test_a_half_written_checkpoint_is_named_and_its_space_freed(two_steps, capfd
     checkpointer.save(3, make_state(3), CONFIG, {"step": 3})
     checkpointer.close()
     assert checkpointer.steps() == [1, 2, 3] and not leftover.exists()
+
+
+def test_a_save_that_is_written_at_once_makes_the_older_go(tmp_path, monkeypatch):
+    """The background may be done with the files, not yet with their directory's name, before the main thread asks what may go."""
+    judged = set()
+    should_preserve, note_written = storage.NewestAndBest.should_preserve, storage.NewestAndBest.note_written
+
+    def judge_when_written(policy, checkpoints, *, context):
+        while checkpoints[-1].step not in policy.sizes:
+            time.sleep(0.001)
+        kept = should_preserve(policy, checkpoints, context=context)
+        judged.add(checkpoints[-1].step)
+        return kept
+
+    def note_and_wait(policy, step):
+        note_written(policy, step)
+        while step not in judged:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(storage.NewestAndBest, "should_preserve", judge_when_written)
+    monkeypatch.setattr(storage.NewestAndBest, "note_written", note_and_wait)
+    checkpointer = save_steps(tmp_path, [1, 2], keep=1)
+    assert checkpointer.steps() == [2]
 
 
 @pytest.fixture
