@@ -25,7 +25,7 @@ RECORD = TEMPLATES["record"]
 VOCAB_SIZE = 2048
 SAMPLE_CHARS = 12_000  # of each file, for the tokenizer
 SPARSE = {256: 0.0, 512: 0.5, 1024: 0.9, 2048: 0.9}  # see `document`
-TOKENS = {256: 4_000_000, 512: 2_000_000, 1024: 3_000_000, 2048: 4_000_000}  # of documents by length
+TOKENS = {256: 4_000_000, 512: 2_000_000, 1024: 3_000_000, 2048: 8_000_000}  # of documents by length
 
 
 def main():
