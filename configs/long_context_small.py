@@ -26,7 +26,7 @@ def get_config():
                     {"seq_len": 256, "tokens": 5_820_416, "gate": gate(tokens=300_000, needle_recall=0.75)},
                     longer(512, tokens=1_000_000, mesh={"dp": 2}),
                     longer(1024, tokens=2_000_000, mesh={"cp": 2, "dp": 1}),
-                    longer(2048, tokens=7_000_000, mesh={"cp": 2, "dp": 1}, final_learning_rate=2e-5, needle_recall=1.0),
+                    longer(2048, tokens=5_000_000, mesh={"cp": 2, "dp": 1}, final_learning_rate=1e-4, needle_recall=1.0),
                 ],
             },
             "mesh": {"dp": 2},
@@ -42,9 +42,11 @@ def get_config():
 
 
 def sources(length):
-    """Plain text, which has no records in it, and documents with records. The gate takes its haystack from the first: a string keeps their order."""
-    records = 0.7 if length <= 512 else 0.9
-    return {"sources": f"{DATA}/text:{1 - records:.1f},{DATA}/needles-{length}:{records}"}
+    """Plain text, which has no records in it, and documents with records, in the long stages also short ones. The gate takes its haystack from the
+    first: a string keeps their order."""
+    shares = {256: 0.7} if length == 256 else {256: 0.3, length: 0.6}
+    text = 1 - sum(shares.values())
+    return {"sources": ",".join([f"{DATA}/text:{text:.1f}", *(f"{DATA}/needles-{of}:{share}" for of, share in shares.items())])}
 
 
 def gate(tokens, needle_recall):
