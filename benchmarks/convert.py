@@ -132,7 +132,8 @@ def save_run(workdir: Path, config):
     jax.config.update("jax_platforms", "cpu")
     random = lambda d: jax.random.normal(jax.random.key(0), d.canonical_shape)
     params = jax.tree.map(random, Llama.make(config).declared, is_leaf=is_declaration)
-    run = {"workdir": str(workdir), "data": {"sources": {str(workdir): 1.0}}, "model": {"name": "llama3-8b", **to_dict(config)}}
+    model = {name: value for name, value in to_dict(config).items() if name != "fp8"}
+    run = {"workdir": str(workdir), "data": {"sources": {str(workdir): 1.0}}, "model": {"name": "llama3-8b", **model}}
     checkpointer = Checkpointer(workdir / "checkpoints", keep=1)
     checkpointer.save(1, State(jnp.int32(1), params, ()), run, {})
     checkpointer.close()

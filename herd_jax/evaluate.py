@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m herd_jax.evaluate")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_run, _contamination, _compare, _report, _needle, _dataset_value, _robustness):
+    for add in (_run, _contamination, _compare, _report, _needle, _dataset_value, _robustness, _fp8):
         add(commands)
     return parser.parse_args(argv)
 
@@ -143,6 +143,28 @@ def _robustness(commands) -> None:
     command.add_argument("--data", metavar="DIR", help="with the data of the tasks")
     command.add_argument("--limit", type=int, metavar="N", help="items a task; default: all")
     command.add_argument("--seed", type=int, default=0, help="draws the examples")
+    command.set_defaults(run=run)
+
+
+def _fp8(commands) -> None:
+    def run(args: argparse.Namespace) -> str:
+        _require("fp8", "matplotlib", "plot")
+        from herd_jax.evaluation.fp8_quality import Answers
+        from herd_jax.evaluation.fp8_report import evaluate_fp8
+
+        answers = Answers(args.max_new_tokens, args.temperature, args.samples, args.seed, args.chat)
+        return evaluate_fp8(args.model, _mesh(args), args.dtype, args.reward, args.prompts, args.texts, answers, args.output)
+
+    command = commands.add_parser("fp8", help="whether FP8 corrupts answers: scores of a model's and of its FP8 variants' to the same prompts")
+    _add_model(command)
+    command.add_argument("--reward", metavar="PATH", help="a model under which answers should be likely; default: the model itself")
+    command.add_argument("--prompts", metavar="FILE", help="one a line; default: 32 with many dates, names and numbers")
+    command.add_argument("--texts", metavar="FILE", help="one a line, to measure the loss on; default: the prompts")
+    command.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt; default: 1")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer; default: 128")
+    command.add_argument("--temperature", type=float, default=1.0, help="default: 1")
+    command.add_argument("--chat", action="store_true", help="asks in a dialog")
+    command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=run)
 
 

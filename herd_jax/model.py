@@ -19,6 +19,7 @@ from herd_jax.inference.sampling import choose
 from herd_jax.inference.scoring import Scorer, bucket
 from herd_jax.interop import save as interop
 from herd_jax.interop.load import load_params, open_source
+from herd_jax.interop.source import Source
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Llama
@@ -41,8 +42,13 @@ def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | N
     """The model at `path`: a Hugging Face, Meta or herd directory, a GGUF file, or the workdir of a training run.
 
     `mesh`: one device where there is none. `dtype` of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
-    accelerators and float32 on CPU. Raises UserError for what cannot be read or laid out.
+    accelerators and float32 on CPU. An FP8 feed-forward stays FP8. Raises UserError for what cannot be read or laid out.
     """
+    return load_source(open_source(path), mesh, dtype)
+
+
+def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
+    """As `load`, of what is open."""
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
     if isinstance(mesh, MeshConfig):
@@ -51,7 +57,6 @@ def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | N
     if not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh) if mesh else make_mesh(MeshConfig(dp=1), jax.devices()[:1])
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    source = open_source(path)
     source.config.check_mesh(mesh)
     model, layout = Llama.make(source.config, "blockwise"), Layout.make(mesh, source.config.num_layers)
     compute = DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]

@@ -68,7 +68,12 @@ def canonical_params(steps: Steps, seed: int = 0):
     return jax.tree.map(np.asarray, steps.plan.to_canonical(steps.plan.init(seed)).params)
 
 
-def plain_logits(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
+def plain_feed_forward(x, w, layer) -> jax.Array:
+    gate, up = jnp.moveaxis(jnp.einsum("btd,dcf->btcf", x, w["gate_up"]), 2, 0)
+    return (jax.nn.silu(gate) * up) @ w["down"]
+
+
+def plain_logits(params, rows, config: LlamaConfig = CONFIG, feed_forward=plain_feed_forward) -> jax.Array:
     """Logits [rows, S, V] of canonical parameters by the formulas of the architecture: no mesh, no chunks, materialised masks."""
     c, layers = config, params["layers"]
     segment, index = rows["segment_ids"], np.arange(rows["tokens"].shape[1])
@@ -91,8 +96,7 @@ def plain_logits(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
         scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(c.head_dim), -jnp.inf)
         o = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
         x = x + jnp.einsum("btnh,nhd->btd", o, w["out"].reshape(c.num_heads, c.head_dim, c.dim))
-        gate, up = jnp.moveaxis(jnp.einsum("btd,dcf->btcf", norm(x, w["ffn_norm"]), w["gate_up"]), 2, 0)
-        x = x + (jax.nn.silu(gate) * up) @ w["down"]
+        x = x + feed_forward(norm(x, w["ffn_norm"]), w, i)
     head = params["ends"]["head"]
     return norm(x, head["norm"]) @ (params["ends"]["embed"]["table"].T if c.tie_embeddings else head["output"])
 

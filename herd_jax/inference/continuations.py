@@ -28,7 +28,7 @@ from herd_jax.models.blockwise_attention import attention_over_ranges
 from herd_jax.models.llama import Llama, look_up, rms_norm
 from herd_jax.models.params import Layout, map_declarations
 from herd_jax.models.rope import frequencies, rotations
-from herd_jax.parallel import collectives, data, tensor
+from herd_jax.parallel import collectives, tensor
 from herd_jax.parallel.pipeline import when
 
 FAMILY_SIZE = 16  # contexts that begin alike make a family from so many on: what they share is then computed on its own,
@@ -132,21 +132,18 @@ class ContinuationScorer:
     def _hidden(self, params, batch: Batch, beginning: Beginning | None):
         """Activations [1, N, D] of this device's row, the weights, and its keys and values [slots, 1, N, K, H]."""
         config = self.model.config
-        weights = data.gather_weights(params, self._specs, self.dtype)
+        weights = self.layout.gather(params, self.model.declared, self.dtype)
         table = weights["ends"]["embed"]["table"]
         x_BTD = collectives.all_reduce(look_up(table, *tensor.vocabulary_slice(batch.tokens, table.shape[0])), "tp")
         rotation = rotations(batch.positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         decoder = Decoder(self.model, self.layout, self.dtype)
-        shared = None if beginning is None else (beginning.k, beginning.v)
 
-        def layer(x_BTD, slot):
-            w, shared = slot
-
+        def layer(x_BTD, w, slot):
             def attend(q_BTNH, k_BTKH, v_BTKH):
                 ranges = [(k_BTKH, v_BTKH, batch.context_start, batch.context_end), (k_BTKH, v_BTKH, batch.own_start, batch.own_end)]
-                if shared is not None:
+                if beginning is not None:
                     nothing = jnp.zeros_like(batch.tokens)
-                    ranges.append((*shared, nothing, nothing + beginning.length[:, None]))
+                    ranges.append((beginning.k[slot], beginning.v[slot], nothing, nothing + beginning.length[:, None]))
                 return attention_over_ranges(q_BTNH, ranges), (k_BTKH, v_BTKH)
 
             return decoder.layer(w, x_BTD, rotation, attend)
@@ -154,11 +151,12 @@ class ContinuationScorer:
         stages = self.layout.layers_per_stage
         kept = None
         for stage, num_layers in enumerate(stages):
-            slots = jax.tree.map(lambda a: a[:num_layers], (weights["layers"], shared))
+            if num_layers == 0:
+                continue
             fill = lambda a: jnp.pad(a, [(0, decoder.num_slots - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
 
-            def run(x_BTD, slots=slots, fill=fill):
-                x_BTD, kept = lax.scan(layer, x_BTD, slots)
+            def run(x_BTD, stage=stage, fill=fill):
+                x_BTD, kept = self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)
                 return x_BTD, jax.tree.map(fill, kept)
 
             if len(stages) == 1:

@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec
 from herd_jax.mesh import FSDP_AXES, on_mesh
 from herd_jax.models.attention import attention
 from herd_jax.models.config import LlamaConfig
+from herd_jax.models.fp8 import fp8_feed_forward
 from herd_jax.models.llama import Layer, Llama, look_up, project, rms_norm
 from herd_jax.models.params import Layout, map_declarations
 from herd_jax.models.rope import frequencies, rotate, rotations
-from herd_jax.parallel import collectives, data, tensor
+from herd_jax.parallel import collectives, tensor
 from herd_jax.parallel.pipeline import when
 
 CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, B, K, H, S] and values [PP, B, K, S, H], a pair a layer slot
@@ -45,16 +46,16 @@ class Decoder:
 
     @functools.cached_property
     def prepare(self):
-        """Stored parameters -> weights for `prefill` and `decode`: whole over FSDP, a list of layers."""
+        """Stored parameters -> weights for `prefill` and `decode`: whole over FSDP, of each parameter a list of layers."""
         stored = map_declarations(self.layout.spec, self.model.declared)
 
         def prepare(params):
-            whole = data.gather_weights(params, stored, self.dtype)
+            whole = self.layout.gather(params, self.model.declared, self.dtype)
             embed, head = whole["ends"]["embed"]["table"], whole["ends"]["head"]
-            layers = [jax.tree.map(lambda w: w[slot : slot + 1], whole["layers"]) for slot in range(self.num_slots)]
+            layers = {name: [stack[slot : slot + 1] for slot in range(len(stack))] for name, stack in whole["layers"].items()}
             return {"embed": embed, "norm": head["norm"], "output": embed.T if self.config.tie_embeddings else head["output"], "layers": layers}
 
-        return self._jit(prepare, (stored,), self._weight_specs)
+        return self.jit(prepare, (stored,), self.weight_specs)
 
     @functools.cached_property
     def prefill(self):
@@ -75,7 +76,7 @@ class Decoder:
 
             return self._forward(weights, ids_BT, rotation, attend)
 
-        return self._jit(run, (self._weight_specs, PartitionSpec(), PartitionSpec()), (PartitionSpec(), self._cache_specs))
+        return self.jit(run, (self.weight_specs, PartitionSpec(), PartitionSpec()), (PartitionSpec(), self._cache_specs))
 
     @functools.cached_property
     def decode(self):
@@ -98,8 +99,8 @@ class Decoder:
             return [(put(k, new_k, index, axis=4), put(v, new_v, index, axis=3)) for (k, v), (new_k, new_v) in zip(cache, new)]
 
         everywhere = PartitionSpec()
-        run = self._jit(run, (self._weight_specs, self._cache_specs, *[everywhere] * 3), (everywhere, self._cache_specs))
-        write = self._jit(write, (self._cache_specs, self._cache_specs, everywhere), self._cache_specs, donate_argnums=0)
+        run = self.jit(run, (self.weight_specs, self._cache_specs, *[everywhere] * 3), (everywhere, self._cache_specs))
+        write = self.jit(write, (self._cache_specs, self._cache_specs, everywhere), self._cache_specs, donate_argnums=0)
 
         def decode(weights, cache, ids_B, padding_B, index):
             logits_BV, new = run(weights, cache, ids_B, padding_B, index)
@@ -109,15 +110,14 @@ class Decoder:
 
     def _forward(self, weights, ids_BT, rotation, attend):
         """Logits [B, V] of the last index, and what `attend(q, k, v, slot) -> (o, to keep)` keeps in each layer slot."""
-        index_BT, mine_BT = tensor.vocabulary_slice(ids_BT, weights["embed"].shape[0])
-        x_BTD = collectives.all_reduce(look_up(weights["embed"], index_BT, mine_BT), "tp")
+        x_BTD = self.embed(weights, ids_BT)
         kept, num_stages = [None] * self.num_slots, len(self.layout.layers_per_stage)
         for stage, num_layers in enumerate(self.layout.layers_per_stage):
             mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
             for slot in range(num_layers):
+                w = self.weights_of(weights, stage, slot)
 
-                def layer(x_BTD, slot=slot):
-                    w = jax.tree.map(lambda a: a[0], weights["layers"][slot])
+                def layer(x_BTD, w=w, slot=slot):
                     return self.layer(w, x_BTD, rotation, functools.partial(attend, slot=slot))
 
                 if num_stages == 1:
@@ -128,9 +128,22 @@ class Decoder:
                 x_BTD, kept[slot] = when(mine, lambda carry, layer=layer: layer(carry[0]), (x_BTD, kept[slot]))  # the other ranks wait
             if num_stages > 1:
                 x_BTD = collectives.all_reduce(jnp.where(mine == 1, x_BTD, 0), "pp")
-        x_BD = rms_norm(x_BTD[:, -1:], weights["norm"], self.config.norm_eps)[:, 0]
-        logits_BV = jnp.dot(x_BD, weights["output"], preferred_element_type=jnp.float32)
-        return collectives.all_gather(logits_BV, "tp", dim=1)[:, : self.config.vocab_size], kept
+        return self.logits(weights, x_BTD[:, -1:])[:, 0], kept
+
+    def embed(self, weights, ids_BT: jax.Array) -> jax.Array:
+        index_BT, mine_BT = tensor.vocabulary_slice(ids_BT, weights["embed"].shape[0])
+        return collectives.all_reduce(look_up(weights["embed"], index_BT, mine_BT), "tp")
+
+    def logits(self, weights, x_BTD: jax.Array) -> jax.Array:
+        """FP32 [B, T, V]."""
+        x_BTD = rms_norm(x_BTD, weights["norm"], self.config.norm_eps)
+        logits_BTV = jnp.dot(x_BTD, weights["output"], preferred_element_type=jnp.float32)
+        return collectives.all_gather(logits_BTV, "tp", dim=2)[..., : self.config.vocab_size]
+
+    def weights_of(self, weights, stage: int, slot: int) -> dict[str, jax.Array]:
+        """What `layer` computes with, of the layer in a slot of a pipeline rank."""
+        places = self.layout.slots_of_stage(self.model.declared["layers"], stage)[slot]
+        return {name: weights["layers"][name][place][0] for name, place in places.items()}
 
     def layer(self, w, x_BTD, rotation, attend):
         """One layer; `attend(q, k, v) -> (o, to keep)`. Returns the activations and what was kept."""
@@ -140,24 +153,31 @@ class Decoder:
         q_BTNH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1])
         o_BTNH, kept = attend(q_BTNH, qk[..., -1, :], v_BTKH)
         x_BTD = x_BTD + sum_over_tp(Layer.project_out(o_BTNH, w["out"]))
-        gate_up = project(rms_norm(x_BTD, w["ffn_norm"], self.config.norm_eps), w["gate_up"])
-        return x_BTD + sum_over_tp(Layer.swiglu(gate_up, w["down"])), kept
+        hidden_BTD = rms_norm(x_BTD, w["ffn_norm"], self.config.norm_eps)
+        if "gate_up" in w:
+            out_BTD = Layer.swiglu(project(hidden_BTD, w["gate_up"]), w["down"])
+        else:
+            quantized = w["gate_up_fp8"], w["gate_up_scales"], w["down_fp8"], w["down_scales"]
+            out_BTD = fp8_feed_forward(hidden_BTD, *quantized, self.config.fp8.activation_bound)
+        return x_BTD + sum_over_tp(out_BTD), kept
 
     def _rotation(self, index_T, padding_B):
         positions_BT = jnp.maximum(index_T[None] - padding_B[:, None], 0)
         return rotations(positions_BT, frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
 
     @property
-    def _weight_specs(self):
+    def weight_specs(self):
         whole = lambda spec: PartitionSpec(*(None if axes == FSDP_AXES else axes for axes in spec))
-        specs = map_declarations(lambda d: whole(self.layout.spec(d)), self.model.declared)
-        return {"embed": PartitionSpec("tp"), "norm": PartitionSpec(), "output": PartitionSpec(None, "tp"), "layers": [specs["layers"]] * self.num_slots}
+        num_ranks = len(self.layout.layers_per_stage)
+        slots = lambda d: [whole(self.layout.spec(d))] * (len(self.layout.slots(d)) // num_ranks)
+        layers = map_declarations(slots, self.model.declared["layers"])
+        return {"embed": PartitionSpec("tp"), "norm": PartitionSpec(), "output": PartitionSpec(None, "tp"), "layers": layers}
 
     @property
     def _cache_specs(self):
         return [(CACHE_SPEC, CACHE_SPEC)] * self.num_slots
 
-    def _jit(self, function, in_specs, out_specs, **options):
+    def jit(self, function, in_specs, out_specs, **options):
         return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.dtype, **options)
 
 

@@ -14,9 +14,9 @@ from herd_jax.mesh import on_mesh
 from herd_jax.models.cross_entropy import count_misses, cross_entropy_sum
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, map_declarations
-from herd_jax.parallel import collectives, data, pipeline
+from herd_jax.parallel import collectives
 from herd_jax.parallel.context import zigzag_order
-from herd_jax.parallel.schedule import PipelineConfig
+from herd_jax.parallel.pipeline import when
 
 RANK_TOKENS = 4096  # that a dp rank scores at once, where rows are shorter: enough to keep its matmuls efficient
 BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [1, B, S], in zigzag order
@@ -91,11 +91,22 @@ class Scorer:
         return self._jit(whole_rows, PartitionSpec("dp"))
 
     def _run(self, objective, params, batch):
-        weights = data.gather_weights(params, self._specs, self.dtype)
-        program = self.model.program(self.layout.layers_per_stage, objective)
-        schedule = PipelineConfig().build_evaluation(self.layout.mesh.shape["pp"], 1)
-        micro_batches = self.model.micro_batches(**batch)
-        return pipeline.evaluate(program, weights["ends"], weights["layers"], micro_batches, schedule, pipeline.Exchange())
+        """The sums of the objective, stage by stage: there is one micro-batch, so the other ranks wait."""
+        weights, stages = self.layout.gather(params, self.model.declared, self.dtype), self.layout.layers_per_stage
+        program = self.model.program(stages, objective)
+        micro_batch = jax.tree.map(lambda a: a[0], self.model.micro_batches(**batch))
+        x_BTD = program.embed(weights["ends"], micro_batch)
+        layer = lambda x_BTD, w, _: (program.layer(w, x_BTD, micro_batch), None)
+        for stage, num_layers in enumerate(stages):
+            if num_layers == 0:
+                continue
+            run = lambda x_BTD, stage=stage: self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)[0]
+            if len(stages) == 1:
+                x_BTD = run(x_BTD)
+                continue
+            mine = (jax.lax.axis_index("pp") == stage).astype(jnp.int32)
+            x_BTD = collectives.all_reduce(jnp.where(mine == 1, when(mine, run, x_BTD), 0), "pp")
+        return program.head(weights["ends"], x_BTD, micro_batch)[1]
 
     @functools.cached_property
     def _specs(self):

@@ -37,6 +37,9 @@ def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence
     models = [open_source(path) for group in groups for path in group]
     relative = weights or [1.0] * len(sources)
     shares = [weight / len(group) / math.fsum(relative) for weight, group in zip(relative, groups, strict=True) for _ in group]
+    for model in models:
+        if model.config.fp8:
+            raise UserError(f"{model.path} is quantized to FP8, and such weights are not averaged: give the model that it was made from")
     for model in models[1:]:
         _check_alike(models[0], model)
 

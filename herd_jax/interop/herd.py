@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from herd_jax.config import parse, to_dict
-from herd_jax.interop.mapping import Mapped, Piece, parameters, tensor_shapes
+from herd_jax.interop.mapping import Mapped, Piece, parameters, tensor_dtypes, tensor_shapes
 from herd_jax.interop.safetensors import SafetensorsFiles, files_of, write_safetensors
 from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
@@ -38,6 +38,7 @@ def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterabl
           context_length: int) -> None:  # fmt: skip
     if tokenizer:
         tokenizer.save(directory / "tokenizer")
-    write_safetensors(directory, tensor_shapes(map_parameters(config)), dtype, arrays)
+    mapping = map_parameters(config)
+    write_safetensors(directory, tensor_shapes(mapping), tensor_dtypes(mapping, dtype), arrays)
     values = {"model": to_dict(config), "context_length": context_length}
     (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")

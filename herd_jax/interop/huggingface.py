@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.interop import huggingface_fp8
 from herd_jax.interop.huggingface_tokenizer import write_tokenizer
-from herd_jax.interop.mapping import HUGGING_FACE, Mapped, tensor_shapes
+from herd_jax.interop.mapping import HUGGING_FACE, Mapped, tensor_dtypes, tensor_shapes
 from herd_jax.interop.safetensors import SafetensorsFiles, files_of, write_safetensors
 from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
@@ -25,7 +26,6 @@ PLAIN = {
     "sliding_window": None,
     "num_local_experts": None,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
 }
 ROPE_FIELDS = {  # of RopeScaling
     "factor": "factor",
@@ -54,6 +54,7 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
         if (values.get(field) or plain) != plain:
             raise UserError(f"{path} has {field} {json.dumps(values[field])}: only plain Llamas ({field} {json.dumps(plain)}) are read")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    quantization = values.get("quantization_config")
     num_heads = values["num_attention_heads"]
     return LlamaConfig(
         dim=values["hidden_size"],
@@ -68,6 +69,7 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
         norm_eps=values["rms_norm_eps"],
         tie_embeddings=values.get("tie_word_embeddings", False),
         init_std=values.get("initializer_range", 0.02),
+        fp8=huggingface_fp8.parse(quantization, values["num_hidden_layers"], path) if quantization else None,
     )
 
 
@@ -107,6 +109,7 @@ def make_config(config: LlamaConfig, dtype: str, context_length: int, tokenizer:
         "torch_dtype": dtype,
         "use_cache": True,
         **make_generation_config(tokenizer),
+        **({"quantization_config": huggingface_fp8.make(c.fp8, c.num_layers)} if c.fp8 else {}),
     }
 
 
@@ -127,7 +130,8 @@ def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterabl
     """What AutoModelForCausalLM, AutoTokenizer and vLLM load as it stands."""
     if tokenizer:
         write_tokenizer(directory, tokenizer, context_length)
-    write_safetensors(directory, tensor_shapes(map_parameters(config)), dtype, arrays)
+    mapping = map_parameters(config)
+    write_safetensors(directory, tensor_shapes(mapping), tensor_dtypes(mapping, dtype), arrays)
     path = directory / GENERATION_FILE  # the tokenizer may have brought one, with more in it
     generation = (json.loads(path.read_bytes()) if path.exists() else {}) | make_generation_config(tokenizer)
     path.write_text(json.dumps(generation, indent=2) + "\n")

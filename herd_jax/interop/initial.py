@@ -19,14 +19,17 @@ class InitialWeights:
 
     @classmethod
     def open(cls, path: str) -> "InitialWeights":
-        """Raises UserError as `open_source`."""
-        return cls(open_source(path))
+        """Raises UserError as `open_source`, and for a quantized model."""
+        source = open_source(path)
+        if source.config.fp8:
+            raise UserError(f"init_from {path} is quantized to FP8, and such weights are not trained: give the model that it was made from")
+        return cls(source)
 
     @property
     def model_config(self) -> ModelConfig:
         """Every dimension of the source, so that a run's config does not depend on a name."""
-        dimensions = {field.name: getattr(self.source.config, field.name) for field in dataclasses.fields(self.source.config)}
-        return ModelConfig(**dimensions)
+        dimensions = {field.name for field in dataclasses.fields(ModelConfig)} - {"name"}
+        return ModelConfig(**{name: getattr(self.source.config, name) for name in dimensions})
 
     def load_state(self, steps: Steps, seed: int) -> State:
         return steps.plan.init(seed)._replace(params=load_params(self.source, steps.layout, steps.model.declared, jnp.float32))

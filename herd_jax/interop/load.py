@@ -49,21 +49,21 @@ def open_source(path: str | Path) -> Source:
 
 
 def load_params(source: Source, layout: Layout, declared: PyTree, dtype) -> PyTree:
-    """The parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype`.
+    """The parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype` (or their own).
 
     Each process reads only what its own devices hold, and its memory holds one device's share of one parameter at a time.
     """
 
     def place(path, declaration: Declaration) -> jax.Array:
-        name, shape = parameter_name(path), layout.stored_shape(declaration)
+        name, shape, own = parameter_name(path), layout.stored_shape(declaration), declaration.dtype or dtype
 
         def share(index: tuple[slice, ...]) -> np.ndarray:
             bounds = [range(size)[part] for part, size in zip(index, shape)]
             if declaration.num_layers:
-                return _read_layers(source, name, layout.layer_of_slot[index[0]], bounds[1:], declaration.shape, dtype)
-            return _read_layers(source, name, [None], bounds, declaration.shape, dtype)[0]
+                return _read_layers(source, name, layout.slots(declaration)[index[0]], bounds[1:], declaration.shape, own)
+            return _read_layers(source, name, [None], bounds, declaration.shape, own)[0]
 
-        return jax.make_array_from_callback(shape, layout.sharding(declaration), share, dtype=dtype)
+        return jax.make_array_from_callback(shape, layout.sharding(declaration), share, dtype=own)
 
     return jax.tree_util.tree_map_with_path(place, declared, is_leaf=is_declaration)
 

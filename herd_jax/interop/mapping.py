@@ -109,6 +109,8 @@ class Names:
         transposed = lambda tensor, *shape: Piece(tensor, shape, shape, (1, 0))
         heads = lambda tensor, group, pairs: Piece(tensor, (K * group * H, D), (K, group, H, D), (3, 0, 1, 2), pairs)
         half = lambda tensor: Piece(tensor, (F, D), (1, F, D), (2, 0, 1))
+        rows = lambda tensor: Piece(tensor, (F, D), (1, F, D), (0, 1, 2))
+        scales = lambda tensor, *shape: Piece(f"{tensor}_scale", (shape[-1], 1), shape, tuple(range(len(shape))))
         pieces = {
             "ends.embed.table": (whole(self.embedding, V, D),),
             "ends.head.norm": (whole(self.norm, D),),
@@ -119,6 +121,10 @@ class Names:
             "layers.ffn_norm": (whole(self.ffn_norm, D),),
             "layers.gate_up": (half(self.gate), half(self.up)),
             "layers.down": (transposed(self.down, D, F),),
+            "layers.gate_up_fp8": (rows(self.gate), rows(self.up)),
+            "layers.gate_up_scales": (scales(self.gate, 1, F), scales(self.up, 1, F)),
+            "layers.down_fp8": (whole(self.down, D, F),),
+            "layers.down_scales": (scales(self.down, D),),
         }
         dims = {"layers.qkv": 2, "layers.gate_up": 1}
         return {name: Mapped(d, pieces[name], dims.get(name, 0)) for name, d in parameters(config).items()}
@@ -127,7 +133,7 @@ class Names:
 def walk(mapping: dict[str, Mapped]) -> Iterator[tuple[str, int | None]]:
     """(name, layer) of every parameter in the order of a file: a parameter's layers follow each other."""
     for name, mapped in mapping.items():
-        yield from ((name, layer) for layer in range(mapped.declaration.num_layers) or [None])
+        yield from ((name, layer) for layer in mapped.declaration.layers or [None])
 
 
 def tensor_shapes(mapping: dict[str, Mapped]) -> dict[str, tuple[int, ...]]:
@@ -135,8 +141,14 @@ def tensor_shapes(mapping: dict[str, Mapped]) -> dict[str, tuple[int, ...]]:
     return {piece.tensor.format(layer=layer): piece.shape for name, layer in walk(mapping) for piece in mapping[name].pieces}
 
 
-def num_bytes(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> int:
-    return sum(map(math.prod, shapes.values())) * dtype.itemsize
+def tensor_dtypes(mapping: dict[str, Mapped], dtype: np.dtype) -> dict[str, np.dtype]:
+    """The dtypes of all tensors by name: `dtype` where the parameter has none of its own."""
+    own = lambda name: mapping[name].declaration.dtype or dtype
+    return {piece.tensor.format(layer=layer): own(name) for name, layer in walk(mapping) for piece in mapping[name].pieces}
+
+
+def tensor_bytes(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype]) -> dict[str, int]:
+    return {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
 
 
 HUGGING_FACE = Names(

@@ -77,6 +77,8 @@ def ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
 def make_config(config: LlamaConfig) -> dict[str, Any]:
     """params.json. Raises UserError for what it cannot say."""
     c = config
+    if c.fp8:
+        raise UserError("Meta's format says nothing of which layers are FP8, and this model has some: write herd or huggingface")
     if c.num_heads * c.head_dim != c.dim:
         raise UserError(
             f"Meta's format has head_dim = dim / num_heads, and this model {c.head_dim} for {c.dim} / {c.num_heads}: write huggingface"

@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.interop.mapping import tensor_bytes
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 MAX_FILE_BYTES = 5 * 10**9
 WRITE_BYTES = 2**24  # at a time: whole tensors are written at half the speed
 
@@ -62,10 +63,12 @@ def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], i
         yield name, np.dtype(DTYPES[dtype]), shape, start + begin
 
 
-def write_safetensors(directory: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterable[np.ndarray]) -> None:
-    """Writes the arrays, of `shapes` and in their order, as `model.safetensors`, or as several files and their index where one would
-    be larger than 5 GB."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+def write_safetensors(
+    directory: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], arrays: Iterable[np.ndarray]
+) -> None:  # fmt: skip
+    """Writes the arrays, of `shapes` and `dtypes` and in their order, as `model.safetensors`, or as several files and their index where one
+    would be larger than 5 GB."""
+    sizes = tensor_bytes(shapes, dtypes)
     files: list[list[str]] = [[]]
     for name in shapes:
         if files[-1] and sum(map(sizes.get, files[-1])) + sizes[name] > MAX_FILE_BYTES:
@@ -74,25 +77,26 @@ def write_safetensors(directory: Path, shapes: dict[str, tuple[int, ...]], dtype
     names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     arrays = iter(arrays)
     for file_name, tensors in zip(names, files):
-        _write_file(directory / file_name, {name: shapes[name] for name in tensors}, dtype, arrays)
+        _write_file(directory / file_name, {name: shapes[name] for name in tensors}, dtypes, arrays)
     if len(files) > 1:
         weight_map = {name: file_name for file_name, tensors in zip(names, files) for name in tensors}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterator[np.ndarray]) -> None:
-    code = next(code for code, known in DTYPES.items() if known == dtype)
+def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], arrays: Iterator[np.ndarray]) -> None:
+    code = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+    sizes = tensor_bytes(shapes, dtypes)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        begin, end = end, end + sizes[name]
+        header[name] = {"dtype": code[dtypes[name]], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), array in zip(shapes.items(), arrays):
-            assert array.shape == shape and array.dtype == dtype, (name, array.shape, shape, array.dtype)
+            assert array.shape == shape and array.dtype == dtypes[name], (name, array.shape, shape, array.dtype)
             flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             for start in range(0, flat.size, WRITE_BYTES):
                 file.write(flat[start : start + WRITE_BYTES])

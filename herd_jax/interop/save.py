@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from herd_jax.errors import UserError
 from herd_jax.interop import herd, huggingface, meta
 from herd_jax.interop.load import open_source
-from herd_jax.interop.mapping import Mapped, num_bytes, parameter_name, tensor_shapes, walk
+from herd_jax.interop.mapping import Mapped, parameter_name, tensor_bytes, tensor_dtypes, tensor_shapes, walk
 from herd_jax.interop.source import check_tokenizer
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.params import Layout, is_declaration
@@ -51,7 +51,8 @@ def save(target: str | Path, to: str, config: LlamaConfig, read: Read, dtype, to
     if context_length is None:  # that of Llama 3.1 and later, and of Llama 3
         context_length = 131_072 if config.rope_scaling else 8192
     dtype, mapping = np.dtype(dtype), FORMATS[to].map_parameters(config)
-    with _complete_or_absent(target) as directory, _progress(target.name, num_bytes(tensor_shapes(mapping), dtype)) as advance:
+    sizes = tensor_bytes(tensor_shapes(mapping), tensor_dtypes(mapping, dtype))
+    with _complete_or_absent(target) as directory, _progress(target.name, sum(sizes.values())) as advance:
         arrays = _arrays(mapping, read, dtype, advance)
         FORMATS[to].write(directory, config, dtype, arrays, tokenizer, context_length)
 
@@ -60,10 +61,9 @@ def reader(layout: Layout, declared: PyTree, params: PyTree) -> Read:
     """`read` for the parameters of `declared` that lie on a mesh as `layout` stores them, all of it on this process's devices."""
     named = lambda tree: {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_declaration)}
     declarations, stored = named(declared), named(params)
-    slot_of_layer = {int(layer): slot for slot, layer in enumerate(layout.layer_of_slot)}
 
     def read(name: str, layer: int | None = None) -> np.ndarray:
-        array, slot = stored[name], None if layer is None else slot_of_layer[layer]
+        array, slot = stored[name], None if layer is None else layout.slots(declarations[name]).tolist().index(layer)
         assert array.is_fully_addressable
         whole = np.empty(array.shape if slot is None else array.shape[1:], array.dtype)
         for shard in array.addressable_shards:  # put together on the host: gathering on the devices would cost each of them the memory
@@ -84,7 +84,7 @@ def _arrays(mapping: dict[str, Mapped], read: Read, dtype: np.dtype, advance: Ca
     """The tensors of a file in the order of `tensor_shapes`."""
     for name, layer in walk(mapping):
         for piece, part in zip(mapping[name].pieces, mapping[name].split(read(name, layer))):
-            array = piece.to_file(part.astype(dtype, copy=False))
+            array = piece.to_file(part.astype(mapping[name].declaration.dtype or dtype, copy=False))
             yield array
             advance(array.nbytes)
 

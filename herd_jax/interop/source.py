@@ -8,18 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.interop.mapping import Mapped, tensor_shapes
+from herd_jax.interop.mapping import Mapped, tensor_dtypes, tensor_shapes
 from herd_jax.models.config import LlamaConfig
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
-    """`dtype` is that of the stored tensors, the widest where they differ. `context_length`, in tokens, and `tokenizer_path`, which
-    `load_tokenizer` reads, are None where the source does not have them."""
+    """`dtype` is that of the stored tensors, the widest where they differ, but for those of a dtype of their own. `context_length`, in tokens,
+    and `tokenizer_path`, which `load_tokenizer` reads, are None where the source does not have them."""
 
     path: Path
     config: LlamaConfig
@@ -91,7 +94,14 @@ class MappedSource(Source):
         for name in tensors.shapes:
             if name not in wanted and not name.endswith(ignored):
                 raise UserError(f"{path} has the tensor {name}, which a Llama of its config has not: only plain Llamas are read")
-        dtype = np.result_type(*{tensors.dtypes[name] for name in wanted})
+        own = tensor_dtypes(mapping, None)
+        for name in wanted:
+            if (tensors.dtypes[name] == FP8) != (own[name] == FP8):
+                raise UserError(
+                    f"{name} in {path} is stored as {tensors.dtypes[name]} and its config says otherwise: only FP8 of the kind fbgemm_fp8 is "
+                    "read, so use the config of these weights, or take an unquantized copy"
+                )
+        dtype = np.result_type(*{tensors.dtypes[name] for name in wanted if own[name] is None})
         return cls(path, config, dtype, context_length, tokenizer_path, mapping, tensors)
 
     def read(self, name, layer=None, index=None):

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from herd_jax.errors import UserError
 from herd_jax.mesh import fsdp_size
+from herd_jax.models.fp8 import Fp8Config
 from herd_jax.models.rope import RopeScaling
 
 
@@ -25,6 +26,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02  # ours: the paper does not say
+    fp8: Fp8Config | None = None  # of a quantized model
 
     def __post_init__(self):
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size"):
@@ -34,6 +36,10 @@ class LlamaConfig:
             raise UserError(f"model.num_heads {self.num_heads} does not divide by model.num_kv_heads {self.num_kv_heads}: change one of them")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim {self.head_dim} is odd: RoPE rotates pairs, so it must be even")
+        if self.fp8 and not self.fp8.layers(self.num_layers):
+            raise UserError(f"model.num_layers is {self.num_layers} and the first and the last are never FP8: leave the model as it is")
+        if self.fp8 and self.fp8.activation_bound is not None and not self.fp8.activation_bound > 0:
+            raise UserError(f"model.fp8.activation_bound is {self.fp8.activation_bound}: it must be positive")
 
     @property
     def layer_matrices(self) -> int:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from herd_jax.errors import UserError
+from herd_jax.models import fp8
 from herd_jax.models.attention import attention
 from herd_jax.models.config import LlamaConfig
-from herd_jax.models.params import bind, declarations, declare, normal, ones
+from herd_jax.models.params import Declaration, bind, declarations, declare, normal, ones
 from herd_jax.models.rope import frequencies, rotate, rotations
 from herd_jax.parallel import collectives, context, tensor
 from herd_jax.parallel.pipeline import Program
@@ -115,7 +116,10 @@ class Layer(nnx.Module):
         return x_BTD + tensor.scatter_sequence(recompute(self.swiglu)(gate_up, self.down[...]))
 
     def norm_and_project(self, x_BTD, norm_D, weight):
-        return project(tensor.gather_sequence(rms_norm(x_BTD, norm_D, self.config.norm_eps)), weight)
+        return project(self.norm_and_gather(x_BTD, norm_D), weight)
+
+    def norm_and_gather(self, x_BTD, norm_D):
+        return tensor.gather_sequence(rms_norm(x_BTD, norm_D, self.config.norm_eps))
 
     @staticmethod
     def project_out(o_BTNH, out_KGHD):
@@ -125,6 +129,25 @@ class Layer(nnx.Module):
     @staticmethod
     def swiglu(gate_up_BT2F, down_FD):
         return (jax.nn.silu(gate_up_BT2F[:, :, 0]) * gate_up_BT2F[:, :, 1]) @ down_FD
+
+
+class Fp8Layer(Layer):
+    """A layer with an FP8 feed-forward, for a forward alone. In place of gate_up and down there are values, which the products read fastest as
+    [out, in], and a scale for each output."""
+
+    def __init__(self, config: LlamaConfig, attention_implementation: str):
+        super().__init__(config, attention_implementation, "none")
+        del self.gate_up, self.down
+        D, F = config.dim, config.ffn_dim
+        self.gate_up_fp8 = declare((2, F, D), (None, "ffn", "embed"), ones, fp8.DTYPE)
+        self.gate_up_scales = declare((2, F), (None, "ffn"), ones, jnp.float32)
+        self.down_fp8 = declare((D, F), ("embed", "ffn"), ones, fp8.DTYPE)
+        self.down_scales = declare((D,), ("embed",), ones, jnp.float32)
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        weights = self.gate_up_fp8[...], self.gate_up_scales[...], self.down_fp8[...], self.down_scales[...]
+        hidden_BTD = self.norm_and_gather(x_BTD, self.ffn_norm[...])
+        return x_BTD + tensor.scatter_sequence(fp8.fp8_feed_forward(hidden_BTD, *weights, self.config.fp8.activation_bound))
 
 
 class Head(nnx.Module):
@@ -159,6 +182,9 @@ class Llama:
         layer_graph, layers = declarations(Layer(config, attention_implementation, remat), config.num_layers)
         head_graph, head = declarations(Head(config))
         graphs = {"embed": embed_graph, "layer": layer_graph, "head": head_graph}
+        if config.fp8:
+            graphs["fp8_layer"], fp8_layers = declarations(Fp8Layer(config, attention_implementation), config.num_layers)
+            layers = _of_some_layers(layers, fp8_layers, config.fp8.layers(config.num_layers))
         return cls(config, graphs, {"ends": {"embed": embed, "head": head}, "layers": layers})
 
     def program(self, layers_per_stage: tuple[int, ...], objective) -> Program:
@@ -168,7 +194,7 @@ class Llama:
             return bind(self.graphs["embed"], ends["embed"])(batch.tokens_BT)
 
         def layer(weights, x_BTD, batch: MicroBatch):
-            return bind(self.graphs["layer"], weights)(x_BTD, batch)
+            return bind(self.graphs["layer" if "gate_up" in weights else "fp8_layer"], weights)(x_BTD, batch)
 
         def head(ends, x_BTD, batch: MicroBatch):
             module = bind(self.graphs["head"], ends["head"])
@@ -183,3 +209,15 @@ class Llama:
         freqs = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         cos, sin = jax.vmap(lambda p: rotations(p, freqs))(positions)
         return MicroBatch(tokens, targets, loss_mask, cos, sin, *context.visible_range(segment_ids))
+
+
+def _of_some_layers(plain: dict[str, Declaration], quantized: dict[str, Declaration], layers: tuple[int, ...]) -> dict[str, Declaration]:
+    """The parameters of a model whose `layers` are quantized and whose others are plain."""
+
+    def of(some: tuple[int, ...], declared, others):
+        cut = lambda d: dataclasses.replace(d, num_layers=len(some), some_layers=some)
+        return {name: declaration if name in others else cut(declaration) for name, declaration in declared.items() if some}
+
+    num_layers = plain["qkv"].num_layers
+    rest = tuple(layer for layer in range(num_layers) if layer not in layers)
+    return of(rest, plain, quantized) | of(layers, quantized, plain)

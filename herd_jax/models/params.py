@@ -7,8 +7,9 @@ by pipeline stage, the vocabulary padded to a multiple of tp.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from herd_jax.mesh import FSDP_AXES, fsdp_size
+from herd_jax.parallel import data
 from herd_jax.parallel.schedule import split_layers
 
 PyTree = Any
@@ -26,17 +28,27 @@ MESH_AXES = {"embed": FSDP_AXES, "kv_heads": "tp", "ffn": "tp", "vocab": "tp", "
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """A parameter of the model: FP32, `shape` and logical `axes` without the layers dim, `init(key, shape)` its first value."""
+    """A parameter of the model: FP32, `shape` and logical `axes` without the layers dim, `init(key, shape)` its first value.
+
+    `dtype` is set where it is held in that one alone, and never cast to the one that is computed in.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
     num_layers: int = 0  # of which the parameter is stacked; 0: it is not one of the layers'
+    some_layers: tuple[int, ...] | None = None  # which these are, where it is not all of the model's
+    dtype: np.dtype | None = None
 
     @property
     def decays(self) -> bool:
         """Weight decay is for matrices only, not for norms."""
         return len(self.shape) > 1
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers of the model that have the parameter, in their order."""
+        return range(self.num_layers) if self.some_layers is None else self.some_layers
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
@@ -48,10 +60,11 @@ class Declaration:
         return math.prod(self.canonical_shape)
 
 
-def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> nnx.Param:
+def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], init, dtype=None) -> nnx.Param:
     """A parameter of a Flax module: abstract, with its declaration as metadata."""
     assert len(shape) == len(axes)
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=Declaration(shape, axes, init))
+    dtype = dtype and np.dtype(dtype)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or jnp.float32), declaration=Declaration(shape, axes, init, dtype=dtype))
 
 
 def normal(std: float):
@@ -93,7 +106,7 @@ class Layout:
 
     mesh: Mesh
     num_chunks: int
-    stages: tuple[range, ...]  # layers of each stage, in stage order
+    stages: tuple[Sequence[int], ...]  # layers of each stage, in stage order
 
     @classmethod
     def make(cls, mesh: Mesh, num_layers: int, num_chunks: int = 1) -> "Layout":
@@ -110,6 +123,38 @@ class Layout:
         order = [chunk * num_ranks + rank for rank in range(num_ranks) for chunk in range(self.num_chunks)]
         return np.concatenate([np.pad(self.stages[s], (0, slots - len(self.stages[s])), constant_values=-1) for s in order]).astype(np.int32)
 
+    def slots(self, declaration: Declaration) -> np.ndarray:
+        """`layer_of_slot` of a parameter: a rank stores it of the layers that have it alone."""
+        if declaration.some_layers is None:
+            return self.layer_of_slot
+        some = tuple(tuple(layer for layer in stage if layer in declaration.some_layers) for stage in self.stages)
+        return dataclasses.replace(self, stages=some).layer_of_slot
+
+    def slots_of_stage(self, declared: dict[str, Declaration], stage: int) -> list[dict[str, int]]:
+        """Of each layer of a stage, where the parameters of `declared` that it has lie in a rank's slots of them."""
+        assert self.num_chunks == 1
+        layers = self.stages[stage]
+        before = lambda d, at: sum(layer in d.layers for layer in layers[:at])
+        return [{name: before(d, at) for name, d in declared.items() if layer in d.layers} for at, layer in enumerate(layers)]
+
+    def scan(self, function, x, weights: dict[str, jax.Array], declared: dict[str, Declaration], stage: int):
+        """`function(x, weights of a layer, index in the stage) -> (x, to keep)` over the layers of a stage, `weights` stacked by a rank's slots:
+        (x, what was kept, stacked). A loop for each run of layers that have the same parameters, so one for a plain model."""
+        kept, slots = [], self.slots_of_stage(declared, stage)
+        for _, run in itertools.groupby(enumerate(slots), lambda item: item[1].keys()):
+            (first, places), *others = run
+
+            def body(x, i, first=first, places=places):
+                return function(x, {name: weights[name][place - first + i] for name, place in places.items()}, i)
+
+            x, new = jax.lax.scan(body, x, jnp.arange(first, first + 1 + len(others)))
+            kept.append(new)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+    def gather(self, params: PyTree, declared: PyTree, dtype) -> PyTree:
+        """One device's shards -> weights whole over FSDP, in the compute dtype `dtype` where they have none of their own."""
+        return map_declarations(lambda d, shard: data.gather_weights(shard, self.spec(d), d.dtype or dtype), declared, params)
+
     @property
     def is_model_order(self) -> bool:
         """Whether slots hold the model's layers in order and none is empty."""
@@ -125,7 +170,7 @@ class Layout:
     def stored_shape(self, declaration: Declaration) -> tuple[int, ...]:
         tp = self.mesh.shape["tp"]
         shape = tuple(-(-n // tp) * tp if axis == "vocab" else n for n, axis in zip(declaration.shape, declaration.axes))
-        return (len(self.layer_of_slot), *shape) if declaration.num_layers else shape
+        return (len(self.slots(declaration)), *shape) if declaration.num_layers else shape
 
     def init(self, declaration: Declaration, key: jax.Array) -> jax.Array:
         """First value as stored; the same parameters on every mesh. Empty slots and padding are zero."""

@@ -35,7 +35,7 @@ def save_constant(path, value, to="herd", dtype="float32", config=CONFIG, **more
 
 def save_run(workdir, states, config=CONFIG, keep=10):
     """Checkpoints of the steps 10, 20, ... of a run, and its tokenizer."""
-    model = {"name": "llama-tiny", **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}}
+    model = {"name": "llama-tiny", **{field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "fp8"}}
     model["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
     checkpointer = Checkpointer(workdir / "checkpoints", keep)
     for number, state in enumerate(states, start=1):

@@ -69,7 +69,7 @@ def test_truncated_and_damaged_files(model):
         path.write_bytes(whole[:size])
         refused(model, "model.safetensors is truncated or no safetensors file: copy it again")
     path.write_bytes(whole.replace(b'"BF16"', b'"BF17"', 1))
-    refused(model, "is stored as BF17: only F32, F16, BF16 are read, so take an unquantized copy")
+    refused(model, "is stored as BF17: only F32, F16, BF16, F8_E4M3 are read, so take an unquantized copy")
     path.unlink()
     refused(model, "holds no safetensors")
     (model / "config.json").write_text("{")
@@ -89,7 +89,7 @@ def test_a_tied_model_may_repeat_its_output(model, tmp_path):
     shapes, files = tensor_shapes(HUGGING_FACE.map(tiny.CONFIG)), SafetensorsFiles([model / "model.safetensors"])
     extra = {**shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
     arrays = [np.array(files.read(name)) for name in shapes] + [np.zeros(2, np.float32).astype(files.dtypes["lm_head.weight"])]
-    write_safetensors(model, extra, np.dtype("bfloat16"), arrays)
+    write_safetensors(model, extra, dict.fromkeys(extra, np.dtype("bfloat16")), arrays)
     change_config(model, tie_word_embeddings=True)
     assert open_source(model).config == tiny.tied()
 
