@@ -44,13 +44,13 @@ def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | N
     `mesh`: one device where there is none. `dtype` of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
     accelerators and float32 on CPU. An FP8 feed-forward stays FP8. Raises UserError for what cannot be read or laid out.
     """
+    _check(dtype)
     return load_source(open_source(path), mesh, dtype)
 
 
 def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
     """As `load`, of what is open."""
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
+    _check(dtype)
     if isinstance(mesh, MeshConfig):
         with contextlib.suppress(RuntimeError):  # jax has started, on devices that the mesh then fits or is refused for
             request_cpu_devices(mesh)
@@ -62,6 +62,11 @@ def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: st
     compute = DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
     params = load_params(source, layout, model.declared, compute)
     return Model(model, layout, params, source.tokenizer, source.context_length, compute)
+
+
+def _check(dtype: str | None) -> None:
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True)
