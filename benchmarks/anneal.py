@@ -19,8 +19,8 @@ from herd_jax.config import parse
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.evaluation.dataset_value import held_out_losses
 from herd_jax.interop.average import average
+from herd_jax.training.config import RunConfig
 from herd_jax.training.loop import train
-from herd_jax.training.run import RunConfig
 
 NUM_STEPS, ANNEAL_STEPS, NUM_CHECKPOINTS, NUM_AVERAGED = 1000, 200, 10, 5
 MODEL = {"name": "llama-tiny", "dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_dim": 352, "vocab_size": 259}

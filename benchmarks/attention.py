@@ -63,7 +63,7 @@ def build(name, documents, batch, seq_len, num_heads, num_kv_heads, head_dim):
     import jax
     import jax.numpy as jnp
 
-    from herd_jax.models.attention import attention
+    from herd_jax.models.attention.attention import attention
 
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [jax.random.normal(key, (batch, seq_len, n, head_dim)) for key, n in zip(keys, (num_heads, num_kv_heads, num_kv_heads))]

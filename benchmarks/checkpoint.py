@@ -23,9 +23,9 @@ from herd_jax.data.rows import DataConfig
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.models.config import ModelConfig
 from herd_jax.models.params import count
-from herd_jax.training.checkpoint import CheckpointConfig
-from herd_jax.training.run import RunConfig, TrainConfig, build_steps
-from herd_jax.training.tiers import TieredCheckpointer
+from herd_jax.training.checkpoints.checkpoint import CheckpointConfig
+from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
+from herd_jax.training.config import RunConfig, TrainConfig, build_steps
 
 
 def main():

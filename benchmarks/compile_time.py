@@ -13,7 +13,7 @@ import numpy as np
 from herd_jax.data.rows import DataConfig
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import ModelConfig
-from herd_jax.training.run import RunConfig, TrainConfig, build_steps
+from herd_jax.training.config import RunConfig, TrainConfig, build_steps
 from herd_jax.training.step import BATCH_FIELDS
 
 

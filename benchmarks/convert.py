@@ -55,7 +55,7 @@ def checkpoint_to_huggingface(args, root: Path):
 
 
 def there_and_back(args, root: Path):
-    from herd_jax.interop.mapping import parameters
+    from herd_jax.interop.formats.mapping import parameters
     from herd_jax.interop.save import save
 
     config = shape_of(args.model, args.layers, args.vocab_size)
@@ -126,7 +126,7 @@ def save_run(workdir: Path, config):
     from herd_jax.config import to_dict
     from herd_jax.models.llama import Llama
     from herd_jax.models.params import is_declaration
-    from herd_jax.training.checkpoint import Checkpointer
+    from herd_jax.training.checkpoints.checkpoint import Checkpointer
     from herd_jax.training.state import State
 
     jax.config.update("jax_platforms", "cpu")

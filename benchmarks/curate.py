@@ -20,24 +20,15 @@ from datatrove.data import Document
 from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 
 from herd_jax.curation.heuristics import outliers
-from herd_jax.curation.heuristics.c4 import C4Quality
-from herd_jax.curation.heuristics.dirty_words import DirtyWords, DirtyWordsConfig
-from herd_jax.curation.heuristics.fineweb import FineWebQuality
-from herd_jax.curation.heuristics.gopher import GopherQuality
+from herd_jax.curation.heuristics.dirty_words import DirtyWordsConfig
 from herd_jax.curation.heuristics.outliers import Outliers, OutliersConfig
-from herd_jax.curation.heuristics.repetition import Repetition
-from herd_jax.curation.heuristics.rules import Rules
+from herd_jax.curation.heuristics.rules import Rules, prose_blocks
 from herd_jax.curation.input.extraction import extract_text
 from herd_jax.curation.text import words
 
 TURN = 200
-RULES = (Rules(language="*", dirty_words=DirtyWordsConfig()),)
-PAIRS = (
-    (Repetition(RULES), GopherRepetitionFilter()),
-    (GopherQuality(RULES), GopherQualityFilter()),
-    (C4Quality(RULES), C4QualityFilter()),
-    (FineWebQuality(RULES), FineWebQualityFilter()),
-)
+*JUDGES, DIRTY_WORDS = prose_blocks((Rules(language="*", dirty_words=DirtyWordsConfig()),))
+PAIRS = tuple(zip(JUDGES, (GopherRepetitionFilter(), GopherQualityFilter(), C4QualityFilter(), FineWebQualityFilter()), strict=True))
 
 
 def main():
@@ -75,7 +66,7 @@ def compare(name: str, texts: list[str]) -> None:
         for text in texts:
             outliers.add_words(of_english, words.split(text))
         np.savez(counts, en=of_english)
-        for block in (DirtyWords(RULES), Outliers(OutliersConfig(), counts)):
+        for block in (DIRTY_WORDS, Outliers(OutliersConfig(), counts)):
             print(f"| {block.name} | {len(texts) / seconds(lambda text, block=block: chain([block], text), texts):,.0f} |")
 
 

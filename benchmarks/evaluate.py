@@ -64,7 +64,7 @@ def main():
 
 def serve(args):
     """Answers each task's name on stdin with the seconds of a run and the log-likelihoods of each item's choices."""
-    from herd_jax.evaluation import harness
+    from herd_jax.evaluation.benchmarks import harness
 
     out, sys.stdout = sys.stdout, sys.stderr  # the harness prints
     model = ours(args) if args.side == "ours" else peer(args)
@@ -83,7 +83,7 @@ def serve(args):
 
 def ours(args):
     import herd_jax
-    from herd_jax.evaluation.harness_model import HarnessModel
+    from herd_jax.evaluation.benchmarks.harness_model import HarnessModel
 
     return HarnessModel(herd_jax.load(args.model, dtype="float32"))
 

@@ -17,7 +17,7 @@ import numpy as np
 from herd_jax.data.documents import find_files
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.data.tokenization import tokenize_files
-from herd_jax.evaluation.haystack import TEMPLATES, PromptMaker, draw_needles, text_ids
+from herd_jax.evaluation.needles.haystack import TEMPLATES, PromptMaker, draw_needles, text_ids
 from herd_jax.text.sentencepiece_training import train_sentencepiece
 from herd_jax.text.tokenizer import load_tokenizer
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from herd_jax.hardware import HARDWARE
+from herd_jax.machines.hardware import HARDWARE
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import MODELS
 from herd_jax.models.llama import Llama

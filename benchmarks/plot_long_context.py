@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 import herd_jax
-from herd_jax.evaluation.haystack import read_haystack
-from herd_jax.evaluation.needle import needle_recall
-from herd_jax.evaluation.needle_report import DEPTHS, draw, table
-from herd_jax.figure import figure_file
+from herd_jax.evaluation.needles.haystack import read_haystack
+from herd_jax.evaluation.needles.recall import needle_recall
+from herd_jax.evaluation.needles.report import DEPTHS, draw, table
+from herd_jax.page.figure import figure_file
 
 LENGTHS = (256, 512, 1024, 2048)
 

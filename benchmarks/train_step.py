@@ -108,7 +108,7 @@ def ours(args):
     from herd_jax.mesh import MeshConfig, make_mesh
     from herd_jax.models.config import ModelConfig
     from herd_jax.models.params import count
-    from herd_jax.training.run import RunConfig, TrainConfig, build_steps
+    from herd_jax.training.config import RunConfig, TrainConfig, build_steps
 
     train = TrainConfig(
         global_batch_size=args.batch, seq_len=args.seq_len, compute_dtype=args.dtype, attention=args.attention, remat=args.remat

@@ -26,7 +26,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _run(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         _require("run", "lm_eval", "eval")
-        from herd_jax.evaluation import harness
+        from herd_jax.evaluation.benchmarks import harness
 
         return harness.run(
             args.model, _mesh(args), args.dtype, args.tasks, args.data, args.limit, args.batch_size, args.chat, args.preset, args.output
@@ -49,7 +49,7 @@ def _run(commands) -> None:
 def _contamination(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         _require("contamination", "datatrove", "curate")
-        from herd_jax.evaluation.contamination import contamination
+        from herd_jax.evaluation.contamination.contamination import contamination
 
         return contamination(args.tasks, args.streams, args.scores, args.data, args.output, args.index, args.workers)
 
@@ -66,7 +66,7 @@ def _contamination(commands) -> None:
 
 def _compare(commands) -> None:
     def run(args: argparse.Namespace) -> str:
-        from herd_jax.evaluation.compare import compare
+        from herd_jax.evaluation.comparison.compare import compare
 
         return compare(args.first, args.second, args.output)
 
@@ -79,7 +79,7 @@ def _compare(commands) -> None:
 
 def _report(commands) -> None:
     def run(args: argparse.Namespace) -> str:
-        from herd_jax.evaluation.report import report
+        from herd_jax.evaluation.report.report import report
 
         return report(args.directories, args.output)
 
@@ -92,7 +92,7 @@ def _report(commands) -> None:
 def _needle(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         _require("needle", "matplotlib", "plot")
-        from herd_jax.evaluation.needle_report import evaluate_needle
+        from herd_jax.evaluation.needles.report import evaluate_needle
 
         return evaluate_needle(
             args.model, _mesh(args), args.dtype, args.lengths, args.depths, args.samples, args.haystack, args.template, args.chat,
@@ -133,7 +133,7 @@ def _dataset_value(commands) -> None:
 def _robustness(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         _require("robustness", "matplotlib", "plot")
-        from herd_jax.evaluation.robustness import evaluate_robustness
+        from herd_jax.evaluation.robustness.robustness import evaluate_robustness
 
         return evaluate_robustness(args.model, _mesh(args), args.dtype, args.tasks, args.data, args.limit, args.seed, args.output)
 
@@ -149,8 +149,8 @@ def _robustness(commands) -> None:
 def _fp8(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         _require("fp8", "matplotlib", "plot")
-        from herd_jax.evaluation.fp8_quality import Answers
-        from herd_jax.evaluation.fp8_report import evaluate_fp8
+        from herd_jax.evaluation.fp8.quality import Answers
+        from herd_jax.evaluation.fp8.report import evaluate_fp8
 
         answers = Answers(args.max_new_tokens, args.temperature, args.samples, args.seed, args.chat)
         return evaluate_fp8(args.model, _mesh(args), args.dtype, args.reward, args.prompts, args.texts, answers, args.output)

@@ -6,7 +6,7 @@ The table is printed; the drawing goes to WORKDIR/goodput.png, or to FILE (.png 
 import argparse
 
 from herd_jax.errors import command_line
-from herd_jax.training.goodput import draw, read_goodput
+from herd_jax.reliability.goodput import draw, read_goodput
 
 
 @command_line

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from herd_jax.errors import UserError
 from herd_jax.inference.decoder import Decoder
 from herd_jax.inference.sampling import choose
-from herd_jax.inference.scoring import Scorer, bucket
+from herd_jax.inference.scoring.whole_rows import Scorer, bucket
+from herd_jax.inference.stopping import StopCondition
 from herd_jax.interop import save as interop
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.interop.source import Source
@@ -25,7 +26,6 @@ from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.text import chat
-from herd_jax.text.streaming import StreamingDecoder
 from herd_jax.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -186,7 +186,7 @@ class Model:
             raise UserError(f"max_new_tokens {max_new_tokens} must be 1 or more, temperature {temperature} 0 or more, top_p {top_p} in (0, 1]")
         self._check_length(max(map(len, rows)), "the prompt is")
         rooms = [max_new_tokens if self.context_length is None else min(max_new_tokens, self.context_length - len(row)) for row in rows]
-        stops = [_Stop(self.text_tokenizer(), stop, room) for room in rooms]
+        stops = [StopCondition(self.text_tokenizer(), _several(stop, "stop"), room) for room in rooms]
         for ids in self._steps(rows, max(rooms), temperature, top_p, seed):
             yield [of_row.push(int(token)) for of_row, token in zip(stops, ids)]
             if all(of_row.ended for of_row in stops):
@@ -206,40 +206,6 @@ class Model:
             if step + 1 < num_steps:
                 logits, cache = self._decoder.decode(self._weights, cache, new, padding, jnp.int32(size + step))
             yield np.asarray(new)[: len(rows)]
-
-
-class _Stop:
-    """The text of one row: pushes tokens, holds back what may become a stop string, and knows when the row has ended."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], room: int):
-        self.decoder, self.stop_ids, self.stop, self.room = StreamingDecoder(tokenizer), set(tokenizer.stop_ids), _several(stop, "stop"), room
-        self.held, self.ended = "", room < 1
-
-    def push(self, token: int) -> str:
-        if self.ended:
-            return ""
-        self.room -= 1
-        if token in self.stop_ids:
-            self.ended = True
-            return ""
-        self.held += self.decoder.push(token)
-        self.ended = self.room == 0
-        found = min((self.held.find(text) for text in self.stop if text in self.held), default=-1)
-        if found >= 0:
-            text, self.held, self.ended, self.decoder = self.held[:found], "", True, None
-            return text
-        # A tail that a stop string begins with waits for what follows.
-        keep = max((n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0)
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return text
-
-    def flush(self) -> str:
-        """What was held back, when nothing more comes."""
-        if self.decoder is None:
-            return ""
-        text = self.held + self.decoder.flush()
-        found = min((text.find(stop) for stop in self.stop if stop in text), default=len(text))
-        return text[:found]
 
 
 def _several(texts, name: str) -> list[str]:

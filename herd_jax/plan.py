@@ -10,8 +10,8 @@ import argparse
 import importlib.util
 import json
 
-from herd_jax import hardware
 from herd_jax.errors import UserError, command_line
+from herd_jax.machines import hardware
 from herd_jax.mesh import AXES
 from herd_jax.models.config import ModelConfig
 from herd_jax.models.llama import REMAT

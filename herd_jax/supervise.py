@@ -11,8 +11,8 @@ from pathlib import Path
 
 from herd_jax.config import read_command_line
 from herd_jax.errors import UserError, command_line
-from herd_jax.training.run import RunConfig
-from herd_jax.training.supervisor import Supervisor
+from herd_jax.reliability.supervisor import Supervisor
+from herd_jax.training.config import RunConfig
 
 
 @command_line

@@ -5,16 +5,16 @@ On several hosts it is the same command on each (see launch/); with --preflight 
 
 import dataclasses
 
-from herd_jax.cluster import joined
 from herd_jax.config import read_command_line, to_dict
 from herd_jax.errors import command_line
-from herd_jax.evaluation.gate import StageGate
+from herd_jax.evaluation.needles.gate import StageGate
 from herd_jax.interop.initial import InitialWeights
+from herd_jax.machines.place import joined
+from herd_jax.machines.xla_flags import apply_flags
 from herd_jax.mesh import request_cpu_devices
-from herd_jax.training.preflight import preflight
-from herd_jax.training.run import RunConfig
-from herd_jax.training.stages import devices_of, stage_configs, train_stages
-from herd_jax.xla_flags import apply_flags
+from herd_jax.reliability.preflight import preflight
+from herd_jax.training.config import RunConfig
+from herd_jax.training.stages.stages import devices_of, stage_configs, train_stages
 
 
 @command_line

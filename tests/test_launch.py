@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from herd_jax.cluster import FIRST_PORT, find_place
+from herd_jax.machines.place import FIRST_PORT, find_place
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 

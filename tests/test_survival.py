@@ -13,7 +13,7 @@ from test_train import NUM_STEPS, arguments, assert_same_run, base, run, start, 
 
 import herd_jax
 from herd_jax.errors import START_AGAIN
-from herd_jax.training.goodput import read_goodput
+from herd_jax.reliability.goodput import read_goodput
 
 ROOT = Path(herd_jax.__file__).parents[1]
 

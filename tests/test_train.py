@@ -23,8 +23,8 @@ from herd_jax.errors import UserError
 from herd_jax.interop.initial import InitialWeights
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.text.tokenizer import load_tokenizer
-from herd_jax.training.checkpoint import Checkpointer
-from herd_jax.training.run import RunConfig, build_steps
+from herd_jax.training.checkpoints.checkpoint import Checkpointer
+from herd_jax.training.config import RunConfig, build_steps
 
 NUM_STEPS = 24
 CONFIG = """

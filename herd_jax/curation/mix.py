@@ -19,7 +19,7 @@ MAX_EPOCHS = 4.0  # ours: repeats up to here are worth about as much as new text
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class MixSource:
     """A token stream of one category: `tokens` of its training split, and the `quality` that its documents have at least, where known."""
 
     path: str  # as data.sources of training names it
@@ -28,7 +28,7 @@ class Source:
     quality: float | None = None
 
     @classmethod
-    def open(cls, path: str, category: str, quality: float | None = None) -> "Source":
+    def open(cls, path: str, category: str, quality: float | None = None) -> "MixSource":
         """Raises UserError where no readable token stream is there."""
         return cls(path, category, TokenStream(Path(path).expanduser() / "train").num_tokens, quality)
 
@@ -55,7 +55,7 @@ class MixTarget:
         if not (math.isfinite(self.upsample) and self.upsample > 0):
             raise UserError(f"curation mix upsample is {self.upsample}: it must be positive and finite")
 
-    def weight(self, source: Source) -> float:
+    def weight(self, source: MixSource) -> float:
         """Of the source within its category."""
         is_good = self.min_quality is not None and source.quality is not None and source.quality >= self.min_quality
         return source.tokens * (self.upsample if is_good else 1.0)
@@ -94,7 +94,7 @@ class PlannedPhase:
     from_tokens: int
     to_tokens: int
     shares: dict[str, float]
-    drawn: dict[Source, float]
+    drawn: dict[MixSource, float]
 
     @property
     def tokens(self) -> int:
@@ -122,7 +122,7 @@ class Mix:
     def total_tokens(self) -> int:
         return self.phases[-1].to_tokens
 
-    def epochs(self) -> dict[Source, float]:
+    def epochs(self) -> dict[MixSource, float]:
         """How often the whole run reads each source."""
         return {source: sum(phase.drawn[source] for phase in self.phases) / source.tokens for source in self.phases[0].drawn}
 
@@ -146,7 +146,7 @@ class Mix:
         return "\n".join(lines)
 
 
-def plan(sources: Sequence[Source], config: MixConfig) -> Mix:
+def plan(sources: Sequence[MixSource], config: MixConfig) -> Mix:
     """Tokens of each source in each phase: the shares wanted as far as `max_epochs` allows; what a category, or a source, cannot give the
     others give in proportion to their shares.
 

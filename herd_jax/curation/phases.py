@@ -24,13 +24,9 @@ from herd_jax.curation.deduplication.lines import LINE, Bucket, CountSurvivors, 
 from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
 from herd_jax.curation.deduplication.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
 from herd_jax.curation.execution import Phase
-from herd_jax.curation.heuristics.c4 import C4Quality
 from herd_jax.curation.heuristics.code_rules import CodeRules
-from herd_jax.curation.heuristics.dirty_words import DirtyWords
-from herd_jax.curation.heuristics.fineweb import FineWebQuality
-from herd_jax.curation.heuristics.gopher import GopherQuality
 from herd_jax.curation.heuristics.outliers import Outliers
-from herd_jax.curation.heuristics.repetition import Repetition
+from herd_jax.curation.heuristics.rules import prose_blocks
 from herd_jax.curation.heuristics.word_counts import CountWords, SumWords
 from herd_jax.curation.input.extraction import Extraction
 from herd_jax.curation.input.reading import Reader
@@ -38,9 +34,9 @@ from herd_jax.curation.language import Language
 from herd_jax.curation.safety.pii import Pii
 from herd_jax.curation.safety.urls import UrlSafety
 from herd_jax.curation.settings import CurationConfig
-from herd_jax.curation.single_steps import BuildIndex, NameStream, PlanMix, ReportContamination
 from herd_jax.curation.staging import Load, Number, Store
 from herd_jax.curation.streams import Join, MakeTokenizer, Tokenize
+from herd_jax.curation.whole_run_steps import BuildIndex, NameStream, PlanMix, ReportContamination
 
 READ_COLUMNS = {name: "string" for name in ("url", "date", "source", "media_type", "language")} | {"language_score": "float64"}
 CLEAN_COLUMNS = READ_COLUMNS | {"category": "string", "topic": "string", "quality": "float64"}
@@ -48,7 +44,7 @@ MAX_REDUCERS = 1024
 JOINERS = 16  # tasks that join parts to streams, of which there is one a category and language
 
 
-class Plan:
+class CurationPlan:
     """The phases of a run."""
 
     def __init__(self, config: CurationConfig, workdir: Path, tasks: list):
@@ -106,7 +102,7 @@ class Plan:
             *self._survivors(),
             *self._without_lines(),
             *([RepeatedPassages(self.exchange / "repeated_passages", passages)] if passages else []),
-            *(block(config.rules) for block in (Repetition, GopherQuality, C4Quality, FineWebQuality, DirtyWords)),
+            *prose_blocks(config.rules),
             *([CodeRules(config.code_rules)] if config.code_rules else []),
             *([Outliers(config.outliers, self.exchange / "words.npz")] if config.outliers else []),
         ]

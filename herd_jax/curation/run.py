@@ -11,7 +11,7 @@ from herd_jax.curation.checks import check
 from herd_jax.curation.execution import run_phases
 from herd_jax.curation.input.reading import find_inputs, plan_tasks
 from herd_jax.curation.lock import only_run
-from herd_jax.curation.phases import Plan
+from herd_jax.curation.phases import CurationPlan
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def curate(config: CurationConfig) -> str:
 
 def _curate(config: CurationConfig, workdir: Path) -> str:
     files = find_inputs(config.input, leave_out=workdir)
-    phases = Plan(config, workdir, plan_tasks(files)).phases()
+    phases = CurationPlan(config, workdir, plan_tasks(files)).phases()
     check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     with only_run(workdir):

@@ -23,9 +23,11 @@ from herd_jax.evaluation.results import output_directory, write_results
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.parallel.schedule import PipelineConfig
-from herd_jax.training.checkpoint import Checkpointer
+from herd_jax.reliability.workdir import CHECKPOINTS
+from herd_jax.training.checkpoints.checkpoint import Checkpointer
+from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.loop import train
-from herd_jax.training.run import RunConfig, build_steps, parse_saved
+from herd_jax.training.resume import parse_saved
 from herd_jax.training.validation import HeldOutLoss, source_names
 
 COMMAND = "dataset-value"
@@ -128,7 +130,7 @@ def half_interval(default: SourceLoss, candidate: SourceLoss) -> float | None:
 
 def _half_trained(workdir: Path) -> tuple[Path, RunConfig]:
     """The directory of the checkpoint nearest to half of the run's steps, and the run's config."""
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=1)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=1)
     config = checkpointer.config() if workdir.is_dir() else None
     if config is None:
         raise UserError(f"{workdir} has no readable checkpoint: --run is the workdir of a run of herd_jax.train")
@@ -140,7 +142,7 @@ def _half_trained(workdir: Path) -> tuple[Path, RunConfig]:
             f"{workdir} has no checkpoint after optimizer.warmup_steps and before optimizer.anneal_from: keep more of them with checkpoint.keep"
         )
     half = min(steps, key=lambda step: abs(2 * step - config.train.num_steps))
-    return workdir / "checkpoints" / str(half), config
+    return workdir / CHECKPOINTS / str(half), config
 
 
 def _annealed(config: RunConfig, step: int, num_tokens: int | None, candidate: str | None, share: float) -> RunConfig:
@@ -171,7 +173,7 @@ def _check_readable(config: RunConfig, sources: Sequence[str]) -> None:
 
 def _begin(workdir: Path, checkpoint: Path) -> None:
     """Copies the checkpoint to where a run that begins with it looks, unless that run has begun."""
-    target = workdir / "checkpoints" / checkpoint.name
+    target = workdir / CHECKPOINTS / checkpoint.name
     if target.parent.exists():
         return
     unfinished = workdir / "unfinished" / checkpoint.name

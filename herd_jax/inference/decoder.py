@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from herd_jax.mesh import FSDP_AXES, on_mesh
-from herd_jax.models.attention import attention
+from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.fp8 import fp8_feed_forward
 from herd_jax.models.llama import Layer, Llama, look_up, project, rms_norm

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.interop.formats.workdir import CHECKPOINTS, newest_checkpoints
 from herd_jax.interop.load import open_source
 from herd_jax.interop.save import save
 from herd_jax.interop.source import Source
-from herd_jax.interop.workdir import CHECKPOINTS, newest_checkpoints
 
 _BLOCK_ROWS = 1024  # of a tensor, that are widened to FP64 at a time
 

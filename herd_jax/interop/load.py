@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.interop import gguf, herd, huggingface, meta, workdir
-from herd_jax.interop.mapping import parameter_name
+from herd_jax.interop.formats import gguf, herd, huggingface, meta, workdir
+from herd_jax.interop.formats.mapping import parameter_name
 from herd_jax.interop.source import Source
 from herd_jax.models.params import Declaration, Layout, is_declaration
+from herd_jax.reliability.workdir import CHECKPOINTS, STAGES
 from herd_jax.text.gguf_tokenizer import GGUF_MAGIC
-from herd_jax.training.timeline import STAGES
 
 PyTree = Any
 
@@ -33,7 +33,7 @@ def open_source(path: str | Path) -> Source:
         (herd.CONFIG_FILE, herd.open_herd),
         (huggingface.CONFIG_FILE, huggingface.open_huggingface),
         (meta.CONFIG_FILE, meta.open_meta),
-        (workdir.CHECKPOINTS, workdir.open_workdir),
+        (CHECKPOINTS, workdir.open_workdir),
         (workdir.RECORD, workdir.open_checkpoint),
         (STAGES, workdir.open_stages),
     ):

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from herd_jax.errors import UserError
-from herd_jax.interop import herd, huggingface, meta
+from herd_jax.interop.formats import herd, huggingface, meta
+from herd_jax.interop.formats.mapping import Mapped, parameter_name, tensor_bytes, tensor_dtypes, tensor_shapes, walk
 from herd_jax.interop.load import open_source
-from herd_jax.interop.mapping import Mapped, parameter_name, tensor_bytes, tensor_dtypes, tensor_shapes, walk
 from herd_jax.interop.source import check_tokenizer
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.params import Layout, is_declaration

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.interop.mapping import Mapped, tensor_dtypes, tensor_shapes
+from herd_jax.interop.formats.mapping import Mapped, tensor_dtypes, tensor_shapes
 from herd_jax.models.config import LlamaConfig
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 

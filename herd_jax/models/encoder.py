@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from herd_jax.errors import UserError
-from herd_jax.models.attention import attention
+from herd_jax.models.attention.attention import attention
 from herd_jax.models.llama import look_up, project, rms_norm
 from herd_jax.models.params import bind, declarations, declare, normal, ones
 from herd_jax.models.rope import frequencies, rotate, rotations

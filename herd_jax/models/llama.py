@@ -16,7 +16,7 @@ from flax import nnx
 
 from herd_jax.errors import UserError
 from herd_jax.models import fp8
-from herd_jax.models.attention import attention
+from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.params import Declaration, bind, declarations, declare, normal, ones
 from herd_jax.models.rope import frequencies, rotate, rotations

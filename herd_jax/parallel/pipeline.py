@@ -59,7 +59,7 @@ def evaluate(program: Program, ends: dict, layers: PyTree, micro_batches: PyTree
 
     `layers`: leaves [layer slots of this rank, ...]; `micro_batches`: leaves [num_micro_batches, ...].
     """
-    run = _Run(program, ends, layers, micro_batches, exchange, keep_residuals=False)
+    run = _Execution(program, ends, layers, micro_batches, exchange, keep_residuals=False)
 
     def first(m):
         return program.embed(run.fetch(program.embed_keys), run.micro_batch(m))
@@ -96,7 +96,7 @@ def value_and_gradient(
     Sums are local over dp and cp and equal on every pp rank. Gradients are shaped as `ends` and `layers`, and as far summed over
     devices as `exchange` does it; the gradient of `ends` is still to be summed over pp.
     """
-    run = _Run(program, ends, layers, micro_batches, exchange, keep_residuals=True)
+    run = _Execution(program, ends, layers, micro_batches, exchange, keep_residuals=True)
 
     def first(m):
         return program.embed(run.fetch(program.embed_keys), run.micro_batch(m))
@@ -187,7 +187,7 @@ def when(condition: jax.Array, body, carry):
     return lax.fori_loop(0, condition, lambda _, carry: body(carry), carry)
 
 
-class _Run:
+class _Execution:
     """What both executors need of one call: the rank's layers, the micro-batches, the shape of an activation."""
 
     def __init__(self, program: Program, ends, layers, micro_batches, exchange: Exchange, keep_residuals: bool):

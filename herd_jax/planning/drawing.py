@@ -6,7 +6,7 @@ from string import ascii_lowercase
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.figure import figure_file
+from herd_jax.page.figure import figure_file
 from herd_jax.parallel.schedule import BACKWARD_INPUT, BACKWARD_LOWER, BACKWARD_UPPER, BACKWARD_WEIGHT, FORWARD, IDLE, Schedule
 
 LINE_WIDTH = 120  # characters of a line of text

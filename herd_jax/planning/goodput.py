@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.figure import figure_file
+from herd_jax.page.figure import figure_file
 from herd_jax.planning.interruptions import (
     CATEGORIES,
     CAUSES,

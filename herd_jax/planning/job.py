@@ -8,7 +8,7 @@ from fractions import Fraction
 from jax.sharding import AbstractMesh
 
 from herd_jax.errors import UserError
-from herd_jax.hardware import Hardware
+from herd_jax.machines.hardware import Hardware
 from herd_jax.mesh import AXES
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import REMAT

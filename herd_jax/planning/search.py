@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from herd_jax.errors import UserError
-from herd_jax.hardware import Hardware
+from herd_jax.machines.hardware import Hardware
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import REMAT
 from herd_jax.parallel.data import GATHER

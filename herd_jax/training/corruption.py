@@ -23,10 +23,10 @@ from jax.sharding import Mesh, PartitionSpec
 from herd_jax.errors import Miscomputed
 from herd_jax.mesh import on_mesh
 from herd_jax.parallel.collectives import all_gather
-from herd_jax.training.checksums import checksum, leaf_types
+from herd_jax.reliability.timeline import Timeline
+from herd_jax.training.checkpoints.checksums import checksum, leaf_types
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
-from herd_jax.training.timeline import Timeline
 
 NUM_REPETITIONS = 4  # of the gradient, to find the device
 
@@ -41,7 +41,7 @@ class Verification:
         self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=steps.plan.shardings)
         self._compare = on_mesh(_compare, mesh, (specs, specs), PartitionSpec(), steps.compute_dtype)
 
-    def take(self, step: int, compute: Callable[[State, dict], tuple[State, dict]], state: State, batch: dict) -> tuple[State, dict]:
+    def run(self, step: int, compute: Callable[[State, dict], tuple[State, dict]], state: State, batch: dict) -> tuple[State, dict]:
         """`compute(state, batch)`, which donates the state, for the step with that number: twice where it is due.
 
         Raises Miscomputed, on every process, where the results differ or copies within one do.

@@ -13,23 +13,27 @@ from herd_jax.config import to_dict
 from herd_jax.data.batches import TrainingBatches
 from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
 from herd_jax.errors import StartAgain, UserError
-from herd_jax.hardware import peak_flops
+from herd_jax.machines.hardware import peak_flops
 from herd_jax.mesh import make_mesh
 from herd_jax.models.params import count
+from herd_jax.reliability.goodput import GoodputSoFar, read_goodput
+from herd_jax.reliability.pulse import OWN_TIMES, Pulse, host_names
+from herd_jax.reliability.signals import Signals
+from herd_jax.reliability.stragglers import Stragglers
+from herd_jax.reliability.timeline import Timeline
+from herd_jax.reliability.watchdog import Watchdog
+from herd_jax.reliability.workdir import CHECKPOINTS, TOKENIZER
 from herd_jax.text.tokenizer import Tokenizer
+from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
 from herd_jax.training.compilation import kept_compilations
+from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.corruption import Verification
-from herd_jax.training.goodput import GoodputSoFar, read_goodput
 from herd_jax.training.metrics import Console, MetricsWriter
-from herd_jax.training.numerics import Numerics
-from herd_jax.training.pulse import OWN_TIMES, Pulse, Signals, Stragglers, host_names
-from herd_jax.training.run import RunConfig, build_steps, contradictions
+from herd_jax.training.resume import contradictions
+from herd_jax.training.spikes import Spikes
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
-from herd_jax.training.tiers import TieredCheckpointer
-from herd_jax.training.timeline import Timeline
 from herd_jax.training.validation import Validation
-from herd_jax.training.watchdog import Watchdog
 
 
 class Initial(Protocol):
@@ -57,7 +61,7 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
     batches = TrainingBatches(config.data, streams, ramp, config.seed, config.train.num_steps, steps.batch_sharding)
     workdir = Path(config.workdir)
     tokenizer = load_data_tokenizer(config.data, streams)
-    tokenizer.save(workdir / "tokenizer")
+    tokenizer.save(workdir / TOKENIZER)
     if initial:
         initial.check_tokenizer(tokenizer)
     with contextlib.ExitStack() as stack:
@@ -66,7 +70,7 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
         timeline = Timeline(workdir, start)
         stack.callback(timeline.close)
         stack.enter_context(Watchdog(config.train.watchdog, timeline, workdir))
-        checkpointer = stack.enter_context(TieredCheckpointer(workdir / "checkpoints", config.checkpoint))
+        checkpointer = stack.enter_context(TieredCheckpointer(workdir / CHECKPOINTS, config.checkpoint))
         state, position = restore(checkpointer, config, steps, initial)
         first_step = position["step"]
         timeline.begin(first_step)
@@ -74,11 +78,11 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
         stack.callback(writer.close)
         console = stack.enter_context(Console(config.train.num_steps))
         console.message(describe(config, steps, sum(stream.num_tokens for stream in streams), first_step))
-        numerics = Numerics(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
+        spikes = Spikes(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
         validation = Validation(config, steps, held_out, tokenizer)
         goodput = GoodputSoFar(workdir, timeline, first_step)
-        run = _Run(config, steps, checkpointer, writer, console, validation, timeline, signals, numerics, initial, goodput)
-        run.train(state, first_step, batches)
+        loop = _Loop(config, steps, checkpointer, writer, console, validation, timeline, signals, spikes, initial, goodput)
+        loop.train(state, first_step, batches)
         timeline.enter("checkpoint stall")
         checkpointer.wait()
         timeline.enter("checkpoint stall")
@@ -129,7 +133,7 @@ class _UnderWay:
 
 
 @dataclasses.dataclass
-class _Run:
+class _Loop:
     config: RunConfig
     steps: Steps
     checkpointer: TieredCheckpointer
@@ -138,7 +142,7 @@ class _Run:
     validation: Validation
     timeline: Timeline
     signals: Signals
-    numerics: Numerics
+    spikes: Spikes
     initial: Initial | None
     goodput: GoodputSoFar
     num_skipped: int = 0  # since the last look
@@ -164,7 +168,7 @@ class _Run:
         while step < num_steps:
             if step in self.leave_out:
                 last_bad = self.leave_out.pop(step)
-                state, iterator = self.numerics.leave_out(state, step + 1, last_bad), batches.iterate(last_bad)
+                state, iterator = self.spikes.leave_out(state, step + 1, last_bad), batches.iterate(last_bad)
                 step = last_bad
                 continue
             timeline.enter("input wait", step)
@@ -181,10 +185,10 @@ class _Run:
                 break  # rather than compile first
             own_times, start = dict.fromkeys(OWN_TIMES, 0.0), time.perf_counter()
             compute = self.steps.train
-            if self.numerics.limits_steps:
-                limits = self.numerics.limits(step + 1)
+            if self.spikes.limits_steps:
+                limits = self.spikes.limits(step + 1)
                 compute = lambda state, batch: self.steps.train_within(state, batch, limits)
-            state, metrics = verification.take(step + 1, compute, state, batch)
+            state, metrics = verification.run(step + 1, compute, state, batch)
             own_times["own work"] = 0.0 if compiles else time.perf_counter() - start
             pending.append(metrics)
             step += 1
@@ -204,7 +208,7 @@ class _Run:
                 saved, under_way, iterator = step, None, batches.iterate(step)
                 pending, waited, since = [], 0.0, time.perf_counter()
             elif looks:
-                values = self.look(pending, step, since, waited)
+                values = self.interval_metrics(pending, step, since, waited)
                 if evaluates:
                     timeline.enter("evaluation", step)
                     values |= self.validation.metrics(state.params, ramp.phase_at(step - 1))
@@ -233,8 +237,8 @@ class _Run:
         jax.block_until_ready(under_way.metrics["loss"])
         before, self.last_done = self.last_done, time.perf_counter()
         self.timeline.step_done(None if under_way.compiled else self.last_done - max(under_way.start, before))
-        step, wrong = under_way.step, self.numerics.judge(under_way.step, under_way.metrics)
-        if wrong and self.numerics.on_spike == "stop":
+        step, wrong = under_way.step, self.spikes.judge(under_way.step, under_way.metrics)
+        if wrong and self.spikes.on_spike == "stop":
             self.checkpointer.wait()
             good = self.checkpointer.steps()
             last_good = f"the last good checkpoint is of step {good[-1]}" if good else "there is no checkpoint yet"
@@ -242,8 +246,8 @@ class _Run:
                 f"the loss or its gradient is {wrong} and {last_good}: lower optimizer.peak_learning_rate, "
                 "or set train.on_spike=skip or rewind to leave such batches out"
             )
-        if wrong and self.numerics.on_spike == "skip":
-            self.numerics.note_skipped(step, step)
+        if wrong and self.spikes.on_spike == "skip":
+            self.spikes.note_skipped(step, step)
             self.num_skipped += 1
             return None
         return wrong
@@ -254,7 +258,7 @@ class _Run:
         Which ones does not depend on checkpoints that an interruption made. Raises UserError where no checkpoint is early enough.
         """
         target = (bad_step - 1) // self.config.checkpoint.every_steps * self.config.checkpoint.every_steps
-        self.numerics.rewind_to(target, wrong)
+        self.spikes.rewind_to(target, wrong)
         self.timeline.enter("checkpoint stall", bad_step)
         jax.tree.map(lambda array: array.delete(), state)  # there may be no room for two
         self.checkpointer.wait()
@@ -264,7 +268,7 @@ class _Run:
                 f"the loss or its gradient is {wrong} and no checkpoint of step {target} or before is left: raise checkpoint.keep, "
                 "or set train.on_spike=skip"
             )
-        self.numerics.load(position)
+        self.spikes.load(position)
         self.leave_out[target] = bad_step
         self.num_skipped += bad_step - target
         left_out = f"the batches of steps {target + 1} to {bad_step} are left out"
@@ -273,7 +277,7 @@ class _Run:
         self.goodput = GoodputSoFar(Path(self.config.workdir), self.timeline, position["step"])
         return state, position["step"]
 
-    def look(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
+    def interval_metrics(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
         """The metrics of the steps since the last look, which are done."""
         elapsed = time.perf_counter() - since
         ramp, first = self.config.train.ramp, step - len(pending)
@@ -292,6 +296,6 @@ class _Run:
     def save(self, state: State, step: int, val_loss: float | None, durable: bool = True) -> float:
         """Returns once the state is copied; the seconds that this took."""
         self.timeline.enter("checkpoint stall", step)
-        position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step)} | self.numerics.record()
+        position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step)} | self.spikes.record()
         canonical = self.steps.plan.to_canonical(state)
         return self.checkpointer.save(step, canonical, to_dict(self.config), position, val_loss, durable=durable)

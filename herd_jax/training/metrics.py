@@ -21,7 +21,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from herd_jax.errors import UserError
-from herd_jax.training.appender import Appender
+from herd_jax.reliability.appender import Appender
+from herd_jax.reliability.workdir import METRICS, TENSORBOARD
 
 
 class MetricsWriter:
@@ -35,7 +36,7 @@ class MetricsWriter:
         self._lines = self._events = None
         self._workdir = Path(workdir)
         if jax.process_index() == 0:
-            path, board = self._workdir / "metrics.jsonl", self._workdir / "tensorboard"
+            path, board = self._workdir / METRICS, self._workdir / TENSORBOARD
             try:
                 if path.exists():
                     _drop_steps_after(path, resume_step)

@@ -5,8 +5,8 @@ import math
 from ml_collections import ConfigDict
 
 from herd_jax.config import parse
+from herd_jax.training.config import RunConfig
 from herd_jax.training.optimizer import OptimizerConfig
-from herd_jax.training.run import RunConfig
 
 MIX = "data/general:0.50,data/math_and_reasoning:0.25,data/code:0.17,data/multilingual:0.08"  # section 3.1.2
 ANNEALING_MIX = "data/general:0.30,data/math_and_reasoning:0.35,data/code:0.30,data/multilingual:0.05"  # not disclosed, and ours

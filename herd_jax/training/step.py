@@ -16,7 +16,7 @@ from herd_jax.models.params import Layout
 from herd_jax.parallel import collectives, data, pipeline
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training import objectives
-from herd_jax.training.checksums import checksum
+from herd_jax.training.checkpoints.checksums import checksum
 from herd_jax.training.optimizer import OptimizerConfig, clip, global_norm, learning_rate
 from herd_jax.training.state import State, StatePlan
 

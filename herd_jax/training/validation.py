@@ -13,7 +13,7 @@ from herd_jax.data.ramp import Phase
 from herd_jax.data.rows import validation_rows
 from herd_jax.data.streams import TokenStream
 from herd_jax.text.tokenizer import Tokenizer
-from herd_jax.training.run import RunConfig
+from herd_jax.training.config import RunConfig
 from herd_jax.training.step import Steps
 
 

@@ -18,8 +18,8 @@ from herd_jax.evaluation.dataset_value import SourceLoss, _annealed, _half_train
 from herd_jax.evaluation.results import read_results
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.loop import train
-from herd_jax.training.run import RunConfig, build_steps
 from herd_jax.training.validation import HeldOutLoss, Validation
 
 LETTERS = {"prose": "abcd ", "code": "(){};", "candidate": "0123456789+"}

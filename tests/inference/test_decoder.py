@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import tiny
 
-from herd_jax.inference import scoring
 from herd_jax.inference.decoder import Decoder
 from herd_jax.inference.sampling import choose
-from herd_jax.inference.scoring import Scorer
+from herd_jax.inference.scoring import whole_rows
+from herd_jax.inference.scoring.whole_rows import Scorer
 
 MESHES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 4, 1), (2, 2, 2, 1), (4, 1, 1, 2)]
 
@@ -41,7 +41,7 @@ def test_prefill_and_decode_are_the_full_forward(mesh, config):
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)])
 def test_scores_are_those_of_the_plain_forward(mesh, monkeypatch):
-    monkeypatch.setattr(scoring, "RANK_TOKENS", 32)  # one or two rows of a rank at once
+    monkeypatch.setattr(whole_rows, "RANK_TOKENS", 32)  # one or two rows of a rank at once
     steps = tiny.make_steps(*mesh, attention="blockwise")
     params, canonical = steps.plan.init(0).params, tiny.canonical_params(steps)
     scorer, ids = Scorer(steps.model, steps.layout, jnp.float32), np.random.default_rng(0).integers(0, 61, (3, 21))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from ml_dtypes import float8_e4m3fn
 
-from herd_jax.inference.continuations import ContinuationScorer
+from herd_jax.inference.scoring.continuations import ContinuationScorer
 from herd_jax.interop.load import open_source
 from herd_jax.interop.quantize import QuantizedSource
 from herd_jax.interop.save import reader, save

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from herd_jax.errors import MISCOMPUTED, Miscomputed, command_line
 from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.reliability.timeline import Timeline
 from herd_jax.training import step
-from herd_jax.training.checksums import leaf_types
+from herd_jax.training.checkpoints.checksums import leaf_types
 from herd_jax.training.corruption import NUM_REPETITIONS, Verification, odd_copies
 from herd_jax.training.state import State
-from herd_jax.training.timeline import Timeline
 
 LEAF = ".params['layers']['attention_norm']"  # copied over all but pp
 

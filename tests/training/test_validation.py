@@ -12,7 +12,7 @@ from herd_jax.data.ramp import Phase
 from herd_jax.data.rows import DataConfig, StreamRows, load_data_tokenizer, open_streams
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.models.config import LlamaConfig
-from herd_jax.training.run import EvalConfig, RunConfig
+from herd_jax.training.config import EvalConfig, RunConfig
 from herd_jax.training.validation import HeldOutLoss, Validation, source_names
 
 MODEL = LlamaConfig(32, 2, 4, 2, 8, 48, vocab_size=259, rope_theta=1e4)

@@ -20,7 +20,7 @@ import optax
 from herd_jax.curation.classification.labelled import Evaluation, Labelled, evaluate
 from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig, make_mesh
-from herd_jax.models.attention import choose
+from herd_jax.models.attention.attention import choose
 from herd_jax.models.encoder import Encoder, EncoderConfig
 from herd_jax.models.params import Layout
 from herd_jax.text.sentencepiece_training import train_sentencepiece
@@ -55,7 +55,7 @@ class TransformerConfig:
             raise UserError(f"transformer.learning_rate is {self.learning_rate}: it must be positive")
 
 
-class Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Texts of about one length: `rows` are their numbers, fewer than B in the last batches."""
 
     rows: np.ndarray
@@ -202,12 +202,12 @@ def _printable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _shuffled(rng: np.random.Generator, ids: list[np.ndarray], batch_tokens: int) -> list[Batch]:
+def _shuffled(rng: np.random.Generator, ids: list[np.ndarray], batch_tokens: int) -> list[TextBatch]:
     batches = list(_batches(ids, rng.permutation(len(ids)), batch_tokens))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _batches(ids: list[np.ndarray], order: np.ndarray, batch_tokens: int) -> Iterator[Batch]:
+def _batches(ids: list[np.ndarray], order: np.ndarray, batch_tokens: int) -> Iterator[TextBatch]:
     """Texts in `order`, of lengths within a factor of 2, as many to a batch as `batch_tokens` hold: a handful of shapes for all."""
     lengths = np.asarray([max(LEAST_LENGTH, 1 << (len(ids[i]) - 1).bit_length()) for i in order])
     for length in np.unique(lengths):
@@ -217,4 +217,4 @@ def _batches(ids: list[np.ndarray], order: np.ndarray, batch_tokens: int) -> Ite
             tokens_BT, num_tokens_B = np.zeros((size, length), np.int32), np.zeros(size, np.int32)
             for row, i in enumerate(rows):
                 tokens_BT[row, : len(ids[i])], num_tokens_B[row] = ids[i], len(ids[i])
-            yield Batch(rows, tokens_BT, num_tokens_B)
+            yield TextBatch(rows, tokens_BT, num_tokens_B)

@@ -49,7 +49,6 @@ class C4Quality(ProseBlock):
     but for a line about privacy or cookies with a curly bracket in it: here the line goes, there the document."""
 
     name = "c4_quality"
-    field = "c4"
 
     def judge(self, doc: Document, settings: C4Config) -> bool | tuple[bool, str]:
         lowered = doc.text.lower()

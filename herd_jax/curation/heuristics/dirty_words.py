@@ -36,7 +36,6 @@ class DirtyWords(ProseBlock):
     """Drops documents with too many words of a list."""
 
     name = "dirty_words"
-    field = "dirty_words"
 
     def judge(self, doc: Document, settings: DirtyWordsConfig) -> bool | tuple[bool, str]:
         folded = words.split(doc.text).folded

@@ -31,7 +31,6 @@ class FineWebQuality(ProseBlock):
     """Verdicts, reasons and their order are those of datatrove's FineWebQualityFilter."""
 
     name = "fineweb_quality"
-    field = "fineweb"
 
     def judge(self, doc: Document, settings: FineWebConfig) -> bool | tuple[bool, str]:
         lines = [line for line in doc.text.split("\n") if line.strip()]

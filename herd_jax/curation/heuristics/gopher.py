@@ -49,7 +49,6 @@ class GopherQuality(ProseBlock):
     """Verdicts, reasons and their order are those of datatrove's GopherQualityFilter."""
 
     name = "gopher_quality"
-    field = "quality"
 
     def judge(self, doc: Document, settings: GopherQualityConfig) -> bool | tuple[bool, str]:
         text, found = doc.text, words.split(doc.text)

@@ -1,31 +1,28 @@
 """Blocks that judge prose by rules which its language chooses."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from datatrove.data import Document
 
 from herd_jax.curation.block import Block
 from herd_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from herd_jax.curation.heuristics.rules import Rules
-
 CODE = "text/x-code"
 ANY_LANGUAGE = "*"
 
 
 class ProseBlock(Block):
-    """Subclasses name the field of `Rules` that holds their settings, and say in `judge` what `filter` is to say of prose in that language.
+    """A block with settings for each language, those of "*" for all without settings of their own. Subclasses say in `judge` what `filter` is
+    to say of prose by one language's settings.
 
-    Source code is kept unseen, and so is prose in a language whose rules leave the field None.
+    Source code is kept unseen, and so is prose in a language whose settings are None.
     """
 
-    field: str
-
-    def __init__(self, rules: "tuple[Rules, ...]"):
+    def __init__(self, settings: Mapping[str, Any]):
         super().__init__()
-        self._settings = {rule.language: getattr(rule, self.field) for rule in rules}
+        self._settings = dict(settings)
         if ANY_LANGUAGE not in self._settings:
             raise UserError(f"curation rules name no language '{ANY_LANGUAGE}': add an entry for the languages that have none of their own")
 

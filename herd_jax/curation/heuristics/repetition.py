@@ -42,7 +42,6 @@ class Repetition(ProseBlock):
     """Verdicts, reasons and their order are those of datatrove's GopherRepetitionFilter. Memory: 80 bytes a word."""
 
     name = "repetition"
-    field = "repetition"
 
     def judge(self, doc: Document, settings: RepetitionConfig) -> bool | tuple[bool, str]:
         text = doc.text

@@ -4,12 +4,12 @@ import dataclasses
 
 from datatrove.utils.text import TERMINAL_PUNCTUATION
 
-from herd_jax.curation.heuristics.c4 import C4Config
-from herd_jax.curation.heuristics.dirty_words import DirtyWordsConfig
-from herd_jax.curation.heuristics.fineweb import FineWebConfig
-from herd_jax.curation.heuristics.gopher import GopherQualityConfig
-from herd_jax.curation.heuristics.prose import ANY_LANGUAGE
-from herd_jax.curation.heuristics.repetition import RepetitionConfig
+from herd_jax.curation.heuristics.c4 import C4Config, C4Quality
+from herd_jax.curation.heuristics.dirty_words import DirtyWords, DirtyWordsConfig
+from herd_jax.curation.heuristics.fineweb import FineWebConfig, FineWebQuality
+from herd_jax.curation.heuristics.gopher import GopherQuality, GopherQualityConfig
+from herd_jax.curation.heuristics.prose import ANY_LANGUAGE, ProseBlock
+from herd_jax.curation.heuristics.repetition import Repetition, RepetitionConfig
 from herd_jax.errors import UserError
 
 
@@ -27,6 +27,14 @@ class Rules:
     def __post_init__(self):
         if not self.language:
             raise UserError(f"curation rules.language is empty: give a code such as 'en', or '{ANY_LANGUAGE}' for all other languages")
+
+
+BLOCKS = {"repetition": Repetition, "quality": GopherQuality, "c4": C4Quality, "fineweb": FineWebQuality, "dirty_words": DirtyWords}
+
+
+def prose_blocks(rules: tuple[Rules, ...]) -> list[ProseBlock]:
+    """Returns the block of each field of `Rules`, in the order in which they judge. Raises UserError where no rules are for "*"."""
+    return [block({rule.language: getattr(rule, field) for rule in rules}) for field, block in BLOCKS.items()]
 
 
 # Signs count as words, and more of them stand in other languages: of French Wikipedia 26 % is below Gopher's 0.8, 1.4 % below this.

@@ -65,7 +65,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CurationReport:
     """`tokens`: of each stream, by name and part. `characters_per_token`: over all streams, None without any. `read`: documents after the
     first phase, by language and by source type. `remarks`: what could not be read of the workdir itself."""
 
@@ -113,7 +113,7 @@ class Report:
         return sorted(found, key=lambda row: (-row[2], *row[:2]))
 
 
-def collect(directory: Path) -> Report:
+def collect(directory: Path) -> CurationReport:
     """Raises UserError where the directory is no curation workdir."""
     settings = read_settings(directory)
     phases, steps = read_phases(directory), read_steps(directory)
@@ -121,7 +121,7 @@ def collect(directory: Path) -> Report:
     tokens, remarks = _tokens(directory / "streams")
     streams = {stream: sum(parts.values()) for stream, parts in tokens.items() if parts.get("train")}
     characters = sum(group.characters for group in clean.groups if group.stream in streams)
-    return Report(
+    return CurationReport(
         directory=str(directory),
         phases=phases,
         steps=steps,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from herd_jax.curation.reporting import plots
-from herd_jax.curation.reporting.data import Report, Sample, Step
+from herd_jax.curation.reporting.data import CurationReport, Sample, Step
 from herd_jax.curation.reporting.formats import percent, short
 from herd_jax.curation.reporting.tables import Histogram
 from herd_jax.page import layout
@@ -15,7 +15,7 @@ from herd_jax.page.markup import Html, element, join
 MAX_ROWS = 100  # of a table that grows with the input
 
 
-def page(report: Report) -> str:
+def page(report: CurationReport) -> str:
     sections = [
         ("Waterfall", _waterfall(report)),
         ("Reasons", _reasons(report)),
@@ -35,7 +35,7 @@ def page(report: Report) -> str:
     return layout.page(f"Curation of {report.directory}", _header(report), [(title, body) for title, body in sections if body])
 
 
-def _header(report: Report) -> Html:
+def _header(report: CurationReport) -> Html:
     documents = sum(group.documents for group in report.clean.groups)
     characters = sum(group.characters for group in report.clean.groups)
     seconds = sum(step.seconds or 0 for step in report.steps)
@@ -57,7 +57,7 @@ def _header(report: Report) -> Html:
     return element("header", title, element("div", *phases, class_="chips"), element("div", *cards, class_="cards"), *remarks)
 
 
-def _waterfall(report: Report) -> Html | None:
+def _waterfall(report: CurationReport) -> Html | None:
     if not report.steps:
         return None
     is_timed = any(step.seconds for step in report.steps)
@@ -89,14 +89,14 @@ def _speed(step: Step) -> tuple[str, str]:
     return ("", "") if step.seconds is None else (f"{step.seconds:,.1f}", f"{step.documents / step.seconds:,.0f}")
 
 
-def _reasons(report: Report) -> Html | None:
+def _reasons(report: CurationReport) -> Html | None:
     reasons = report.reasons()
     total, most = sum(count for *_, count in reasons), max((count for *_, count in reasons), default=0)
     rows = [(code(block), code(reason), count, percent(count, total), _meter(count, most, "dropped")) for block, reason, count in reasons]
     return table(("block", "reason", "documents", "of all dropped", ""), rows) if rows else None
 
 
-def _by(report: Report, field: str, tokens: dict[str, dict[str, int]] | None) -> Html | None:
+def _by(report: CurationReport, field: str, tokens: dict[str, dict[str, int]] | None) -> Html | None:
     """Clean documents by a field of the groups, with their exact tokens or an estimate."""
     documents, characters, estimate = Counter(), Counter(), Counter()
     for group in report.clean.groups:
@@ -134,7 +134,7 @@ def _histograms(histograms: Iterable[Histogram], about: str, label: Callable[[fl
     return join([element("div", *figures, class_="small-figures"), element("p", about, class_="note")]) if figures else None
 
 
-def _samples(report: Report) -> Html | None:
+def _samples(report: CurationReport) -> Html | None:
     drawn = []
     for step in report.steps:
         found = [sample for sample in report.samples if (sample.phase, sample.block) == (step.phase, step.block)]
@@ -159,13 +159,13 @@ def _sample(sample: Sample) -> Html:
     return element("article", *sides)
 
 
-def _problems(report: Report) -> Html | None:
+def _problems(report: CurationReport) -> Html | None:
     rows = [(code(problem["file"]), problem["reason"]) for problem in report.problems]
     more = element("p", f"and {len(rows) - MAX_ROWS:,} more, in report.json", class_="note") if len(rows) > MAX_ROWS else Html()
     return join([table(("file", "reason"), rows[:MAX_ROWS]), more]) if rows else None
 
 
-def _settings(report: Report) -> Html:
+def _settings(report: CurationReport) -> Html:
     rows = (element("tr", element("td", name), element("td", code(str(cell(value))))) for name, value in flat(report.settings))
     return element("details", element("summary", "config.json"), element("table", element("tbody", *rows), class_="pairs"))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from herd_jax.curation.reporting.data import Report, Step
+from herd_jax.curation.reporting.data import CurationReport, Step
 from herd_jax.curation.reporting.formats import percent, short
 from herd_jax.page.drawing import bar, svg, text
 from herd_jax.page.markup import Html, element
@@ -13,7 +13,7 @@ WIDTH = 1040
 RAW = "raw"  # in the place of a number of characters before extraction
 
 
-def waterfall(report: Report) -> Html:
+def waterfall(report: CurationReport) -> Html:
     """A row a block: what it kept, what it dropped beside it; documents at the left, characters of text at the right."""
     documents = max((step.documents for step in report.steps), default=0)
     characters = max((step.characters for step in report.steps if step.has_text), default=0)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from herd_jax.curation.block import unfinished
-from herd_jax.curation.reporting.data import Report, collect
+from herd_jax.curation.reporting.data import CurationReport, collect
 from herd_jax.curation.reporting.fate import lines_of_document
 from herd_jax.curation.reporting.formats import percent, printable, short
 from herd_jax.curation.reporting.page import page
@@ -33,7 +33,7 @@ def inspect(directory: Path, document: str | None = None) -> str:
     return "\n".join(map(printable, [*lines(report), f"page: {directory / 'report.html'}"]))
 
 
-def to_dict(report: Report) -> dict:
+def to_dict(report: CurationReport) -> dict:
     """The report for JSON, with what follows from it."""
     values = dataclasses.asdict(report) | {"is_finished": report.is_finished}
     for step, written in zip(report.steps, values["steps"], strict=True):
@@ -41,7 +41,7 @@ def to_dict(report: Report) -> dict:
     return values
 
 
-def lines(report: Report) -> list[str]:
+def lines(report: CurationReport) -> list[str]:
     """The waterfall, the most frequent reasons and the result by category, as aligned text."""
     state = ", ".join(map(str, report.phases)) or "nothing has run yet"
     found = [f"curation {report.directory}: {state}", *report.remarks, ""]
@@ -63,7 +63,7 @@ def lines(report: Report) -> list[str]:
     return found
 
 
-def _waterfall(report: Report) -> list[str]:
+def _waterfall(report: CurationReport) -> list[str]:
     rows = [("phase", "block", "documents in", "dropped", "", "kept", "", "characters", "tokens", "seconds", "documents/s")]
     phase = None
     for step in report.steps:
@@ -87,7 +87,7 @@ def _waterfall(report: Report) -> list[str]:
     return _aligned(rows, "<<>>>><>>>>")
 
 
-def _categories(report: Report) -> list[str]:
+def _categories(report: CurationReport) -> list[str]:
     documents, characters = Counter(), Counter()
     for group in report.clean.groups:
         documents[group.category] += group.documents

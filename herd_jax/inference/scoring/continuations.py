@@ -1,0 +1,224 @@
+"""Log-likelihoods of continuations: a context is computed once for all its continuations, and a beginning that many contexts share once for
+all of them.
+
+Contexts are packed into rows of tokens, each followed by its continuations. A token of a context sees the shared beginning and its context
+up to itself; one of a continuation sees the shared beginning, all of its context, and its continuation up to itself.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import os.path
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from herd_jax.errors import UserError
+from herd_jax.inference.decoder import Decoder
+from herd_jax.inference.scoring.packing import Pack, Unit, make_units, pack_units
+from herd_jax.inference.scoring.whole_rows import RANK_TOKENS, bucket
+from herd_jax.mesh import FSDP_AXES, fsdp_size, on_mesh
+from herd_jax.models.attention.blockwise import attention_over_ranges
+from herd_jax.models.llama import Llama, look_up, rms_norm
+from herd_jax.models.params import Layout, map_declarations
+from herd_jax.models.rope import frequencies, rotations
+from herd_jax.parallel import collectives, tensor
+from herd_jax.parallel.pipeline import when
+
+FAMILY_SIZE = 16  # contexts that begin alike make a family from so many on: what they share is then computed on its own,
+FAMILY_TOKENS = 64  # where they share at least so many tokens
+TARGET_CHUNK = 256  # targets whose logits exist at once
+
+ROWS = PartitionSpec(FSDP_AXES)  # of [R, N]: a row a device of dp and cp, the same on those of tp and pp
+KEYS = PartitionSpec("pp", FSDP_AXES, None, "tp")  # of [PP x slots, R, S, K, H]
+
+
+class PackedContexts(NamedTuple):
+    """Rows of N tokens [R, N], and per row which of their hidden states predict which targets [R, M]: the first `num_targets`."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    context_start: jax.Array  # a token sees the keys start .. end - 1 of its row, of its context
+    context_end: jax.Array
+    own_start: jax.Array  # and of its continuation
+    own_end: jax.Array
+    target_index: jax.Array
+    targets: jax.Array
+    num_targets: jax.Array  # [R]
+
+
+class Beginning(NamedTuple):
+    """Keys and values of tokens that contexts share, the same for each row; `length` of them are valid."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array  # [R]
+
+
+class Score(NamedTuple):
+    """Of a continuation: the sum of its tokens' log-probabilities in nats, and whether each was the likeliest at its place."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuationScorer:
+    """A model on a mesh, layers in one chunk a pipeline rank; computes in `dtype`."""
+
+    model: Llama
+    layout: Layout
+    dtype: jnp.dtype
+
+    def score(self, params, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, Score]]:
+        """(index of the request, its score) as they come, for requests (context, continuation) of one id or more each.
+
+        Raises UserError where a score is not finite.
+        """
+        num_rows = fsdp_size(self.layout.mesh)
+        for beginning, members in families([tuple(context) for context, _ in requests]):
+            prefix = self._beginning(params, beginning) if beginning else None
+            contexts = collections.defaultdict(list)
+            for i in members:
+                contexts[tuple(requests[i][0][len(beginning) :])].append((i, requests[i][1]))
+            units = [unit for context, of_context in contexts.items() for unit in make_units(context, of_context, RANK_TOKENS)]
+            packs = pack_units(units, RANK_TOKENS)
+            for some in (packs[first : first + num_rows] for first in range(0, len(packs), num_rows)):
+                # All full batches have one shape, so that one program does.
+                size = bucket(max(RANK_TOKENS if len(packs) > num_rows else 0, *(pack.size for pack in some)))
+                batch = self._batch(some, num_rows, size, len(beginning))
+                log_p_RM, best_RM = (np.asarray(of) for of in self._score(prefix is not None)(params, batch, prefix))
+                for row, pack in enumerate(some):
+                    for i, targets in pack.slices():
+                        log_likelihood = float(log_p_RM[row, targets].sum())
+                        if not math.isfinite(log_likelihood):
+                            raise UserError("the model's log-likelihoods are not finite: its weights are damaged; give another checkpoint")
+                        yield i, Score(log_likelihood, bool(best_RM[row, targets].all()))
+
+    def _beginning(self, params, tokens: tuple[int, ...]) -> Beginning:
+        num_rows = fsdp_size(self.layout.mesh)
+        pack = Pack([Unit(tokens, [])])
+        batch = self._batch([pack] * num_rows, num_rows, bucket(pack.size), 0)
+        return Beginning(*self._keys(params, batch), self._rows(np.full(num_rows, len(tokens), np.int32)))
+
+    @functools.cached_property
+    def _keys(self):
+        return self._jit(lambda params, batch: self._hidden(params, batch, None)[2], (self._specs, ROWS), (KEYS, KEYS))
+
+    @functools.cached_property
+    def _score(self):
+        """Whether there is a shared beginning -> function of (params, batch, it or None) -> log-probabilities [R, M] of the targets, and
+        whether each is the likeliest."""
+
+        def run(params, batch, beginning):
+            x_BTD, weights, _ = self._hidden(params, batch, beginning)
+            ends = weights["ends"]
+            output_DV = ends["embed"]["table"].T if self.model.config.tie_embeddings else ends["head"]["output"]
+            hidden_TD = rms_norm(x_BTD, ends["head"]["norm"], self.model.config.norm_eps)[0]
+            return self._of_targets(hidden_TD, output_DV, jax.tree.map(lambda a: a[0], batch))
+
+        @functools.cache
+        def with_beginning(has_one: bool):
+            return self._jit(run, (self._specs, ROWS, Beginning(KEYS, KEYS, ROWS) if has_one else None), (ROWS, ROWS))
+
+        return with_beginning
+
+    def _hidden(self, params, batch: PackedContexts, beginning: Beginning | None):
+        """Activations [1, N, D] of this device's row, the weights, and its keys and values [slots, 1, N, K, H]."""
+        config = self.model.config
+        weights = self.layout.gather(params, self.model.declared, self.dtype)
+        table = weights["ends"]["embed"]["table"]
+        x_BTD = collectives.all_reduce(look_up(table, *tensor.vocabulary_slice(batch.tokens, table.shape[0])), "tp")
+        rotation = rotations(batch.positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        decoder = Decoder(self.model, self.layout, self.dtype)
+
+        def layer(x_BTD, w, slot):
+            def attend(q_BTNH, k_BTKH, v_BTKH):
+                ranges = [(k_BTKH, v_BTKH, batch.context_start, batch.context_end), (k_BTKH, v_BTKH, batch.own_start, batch.own_end)]
+                if beginning is not None:
+                    nothing = jnp.zeros_like(batch.tokens)
+                    ranges.append((beginning.k[slot], beginning.v[slot], nothing, nothing + beginning.length[:, None]))
+                return attention_over_ranges(q_BTNH, ranges), (k_BTKH, v_BTKH)
+
+            return decoder.layer(w, x_BTD, rotation, attend)
+
+        stages = self.layout.layers_per_stage
+        kept = None
+        for stage, num_layers in enumerate(stages):
+            if num_layers == 0:
+                continue
+            fill = lambda a: jnp.pad(a, [(0, decoder.num_slots - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
+
+            def run(x_BTD, stage=stage, fill=fill):
+                x_BTD, kept = self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)
+                return x_BTD, jax.tree.map(fill, kept)
+
+            if len(stages) == 1:
+                x_BTD, kept = run(x_BTD)
+                continue
+            mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
+            if kept is None:
+                kept = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(run, x_BTD)[1])
+            x_BTD, kept = when(mine, lambda carry, run=run: run(carry[0]), (x_BTD, kept))  # the other ranks wait
+            x_BTD = collectives.all_reduce(jnp.where(mine == 1, x_BTD, 0), "pp")
+        return x_BTD, weights, kept
+
+    def _of_targets(self, hidden_TD, output_DV, batch: PackedContexts):
+        """Log-probabilities [1, M] of a row's targets and whether each is the likeliest; only of as many chunks as hold targets."""
+        column = lax.axis_index("tp") * output_DV.shape[1] + jnp.arange(output_DV.shape[1])
+
+        def chunk(i, found):
+            cut = lambda a: lax.dynamic_slice_in_dim(a, i * TARGET_CHUNK, TARGET_CHUNK)
+            logits_CV = jnp.dot(hidden_TD[cut(batch.target_index)], output_DV, preferred_element_type=jnp.float32)
+            logits_CV = jnp.where(column < self.model.config.vocab_size, logits_CV, -jnp.inf)
+            peak_C = collectives.all_max(logits_CV.max(-1), "tp")
+            index_C, mine_C = tensor.vocabulary_slice(cut(batch.targets), output_DV.shape[1])
+            hit_C = jnp.where(mine_C, jnp.take_along_axis(logits_CV, index_C[:, None], -1)[:, 0], 0)
+            total_C, hit_C = collectives.all_reduce((jnp.exp(logits_CV - peak_C[:, None]).sum(-1), hit_C), "tp")
+            new = hit_C - peak_C - jnp.log(total_C), hit_C >= peak_C
+            return tuple(lax.dynamic_update_slice_in_dim(of, part, i * TARGET_CHUNK, 0) for of, part in zip(found, new))
+
+        nothing = jnp.zeros(batch.targets.shape), jnp.zeros(batch.targets.shape, bool)
+        found = lax.fori_loop(0, -(-batch.num_targets // TARGET_CHUNK), chunk, nothing)
+        return tuple(of[None] for of in found)
+
+    def _batch(self, packs: Sequence[Pack], num_rows: int, size: int, first_position: int) -> PackedContexts:
+        most = -(-size // TARGET_CHUNK) * TARGET_CHUNK
+        rows = [pack.arrays(size, most, first_position) for pack in packs]
+        rows += [Pack([]).arrays(size, most, first_position)] * (num_rows - len(rows))
+        return PackedContexts(*(self._rows(np.stack([row[name] for row in rows])) for name in PackedContexts._fields))
+
+    def _rows(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, NamedSharding(self.layout.mesh, ROWS))
+
+    @functools.cached_property
+    def _specs(self):
+        return map_declarations(self.layout.spec, self.model.declared)
+
+    def _jit(self, function, in_specs, out_specs):
+        return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.dtype)
+
+
+def families(contexts: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """(shared beginning, indices of its contexts), of each family; those of no family share the beginning ().
+
+    A beginning is shorter than each of its contexts, so that there is a token to predict from.
+    """
+    alike = collections.defaultdict(list)
+    for i, context in enumerate(contexts):
+        alike[context[:FAMILY_TOKENS]].append(i)
+    found, single = [], []
+    for members in alike.values():
+        distinct = {contexts[i] for i in members}
+        beginning = tuple(os.path.commonprefix(list(distinct))[: min(map(len, distinct)) - 1])
+        if len(distinct) >= FAMILY_SIZE and len(beginning) >= FAMILY_TOKENS:
+            found.append((beginning, members))
+        else:
+            single += members
+    return found + ([((), single)] if single else [])

@@ -1,0 +1,101 @@
+"""Attention: the one function that the models call, the choice of its implementation, and the dense oracle.
+
+What a query may see is always one range of keys, `start <= s < end`, in the order of the row. That covers causal attention,
+documents packed in one row, and zigzag context parallelism, where the queries of a device are not contiguous in the row.
+"""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+
+from herd_jax.errors import UserError
+from herd_jax.models.attention.blockwise import blockwise_attention
+from herd_jax.models.attention.gpu import cudnn_attention, tokamax_attention
+
+IMPLEMENTATIONS = ("auto", "dense", "blockwise", "tokamax", "cudnn")
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    start_BT: jax.Array,
+    end_BT: jax.Array,
+    implementation: str,
+    *,
+    causal_rows: bool = False,
+) -> jax.Array:
+    """Softmax attention with grouped query heads (section 3.2 of the paper) of one device's share of a micro-batch.
+
+    Args:
+        q_BTNH: queries; head n attends with kv head n // (N / K).
+        k_BSKH, v_BSKH: all keys and values of the row, in row order.
+        start_BT, end_BT: int32; query t sees the keys start <= s < end, 0 <= start, end <= S. A query with start >= end sees
+            nothing: its output and its part of every gradient are 0.
+        implementation: what `choose` returned.
+        causal_rows: a promise that query t sits at index t of the row (no context parallelism) and that each range is empty or
+            ends at t + 1, which lets `tokamax` leave out the tiles above the diagonal in its backward pass.
+
+    Returns:
+        o_BTNH in the dtype of q; scores and softmax are FP32, scaled by 1 / sqrt(H).
+    """
+    match implementation:
+        case "dense":
+            return dense_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+        case "blockwise":
+            return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+        case "tokamax":
+            return tokamax_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, causal_rows=causal_rows)
+        case "cudnn":
+            return cudnn_attention(q_BTNH, k_BSKH, v_BSKH)
+    raise AssertionError(f"not an implementation: {implementation!r}")
+
+
+def choose(implementation: str, *, platform: str, context_parallel: bool, document_mask: bool) -> str:
+    """Returns the implementation to run for the configured one, which may be `auto`.
+
+    Args:
+        implementation: one of IMPLEMENTATIONS. `auto` is `tokamax` on a GPU where it is installed, else `blockwise`.
+        platform: of the devices, `cpu` or `gpu`.
+        context_parallel: the cp axis is longer than 1.
+        document_mask: documents packed in one row are kept apart.
+
+    Raises:
+        UserError: the name is unknown, or the implementation is not there or would ignore a mask.
+    """
+    has_tokamax = importlib.util.find_spec("tokamax") is not None
+    on_gpu = platform in ("gpu", "cuda")
+    match implementation:
+        case "auto":
+            return "tokamax" if on_gpu and has_tokamax else "blockwise"
+        case "dense" | "blockwise":
+            return implementation
+        case "tokamax" | "cudnn" if not on_gpu:
+            raise UserError(f"train.attention '{implementation}' runs on GPUs only, not on {platform}: choose 'auto' or 'blockwise'")
+        case "tokamax" if not has_tokamax:
+            raise UserError("train.attention 'tokamax' needs the tokamax package: pip install 'herd-jax[gpu]' on Python 3.12 or newer")
+        case "cudnn" if context_parallel or document_mask:
+            ignored = "the order of the queries that mesh.cp > 1 gives them" if context_parallel else "the document mask"
+            raise UserError(f"train.attention 'cudnn' would ignore {ignored}: choose 'auto', 'tokamax' or 'blockwise'")
+        case "tokamax" | "cudnn":
+            return implementation
+    raise UserError(f"train.attention is '{implementation}': it must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def dense_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
+) -> jax.Array:
+    """The oracle: materialises the scores [B, K, G, T, S], so its memory is quadratic; see `attention` for the contract."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    s_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) / math.sqrt(H)
+    key = jnp.arange(S)
+    visible_BTS = (start_BT[:, :, None] <= key) & (key < end_BT[:, :, None])
+    # A large finite score, not -inf: the softmax of a row without a visible key stays finite, and is then set to 0.
+    p_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BKGTS, -1e30), axis=-1)
+    p_BKGTS = jnp.where(visible_BTS[:, None, None], p_BKGTS, 0)
+    o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKH, preferred_element_type=jnp.float32)
+    return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)

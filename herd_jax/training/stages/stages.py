@@ -1,0 +1,241 @@
+"""A run as a list of stages (section 3.4.2 of the paper): each is a run of its own, in WORKDIR/stages/NUMBER-LENGTH, that begins with the
+whole state of the one before, at step 0 of its own schedule and on a mesh of its own. Between two stands a gate.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from herd_jax.config import to_dict
+from herd_jax.data.batches import TrainingBatches
+from herd_jax.data.rows import check_vocabulary, open_streams
+from herd_jax.errors import StartAgain, UserError
+from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.reliability.timeline import Timeline
+from herd_jax.reliability.watchdog import Watchdog
+from herd_jax.reliability.workdir import CHECKPOINTS, STAGES, stage_name
+from herd_jax.text.tokenizer import Tokenizer
+from herd_jax.training.checkpoints.checkpoint import Checkpointer
+from herd_jax.training.checkpoints.local_and_durable import delete_local
+from herd_jax.training.config import RunConfig, build_steps
+from herd_jax.training.loop import Initial, train
+from herd_jax.training.stages.config import StageConfig
+from herd_jax.training.stages.decisions import Decisions, Verdict
+from herd_jax.training.state import State
+from herd_jax.training.step import Steps
+
+
+class Gate(Protocol):
+    def check(self, stages: Sequence[RunConfig]) -> None:
+        """Raises UserError where it will not be able to judge one of the stages."""
+
+    def __call__(self, stages: Sequence[RunConfig], number: int, short_loss_before: float | None) -> Verdict:
+        """Judges the newest checkpoint of stage `number` (from 1) by the short-context loss at the end of the first (None: it is the first).
+
+        Every process makes this call.
+        """
+
+
+def stage_configs(config: RunConfig) -> list[RunConfig]:
+    """Each stage as a run of its own; the run itself where it has none. Raises UserError for a stage that cannot be."""
+    configs = []
+    for number, stage in enumerate(config.train.stages, start=1):
+        if number > 1 and stage.data is None and config.data.phases:
+            raise UserError(f"data.phases count the tokens of one stage: give stage {number} of train.stages its own data")
+        with _of_stage(number):
+            configs.append(_stage_config(config, number, stage))
+    return configs or [config]
+
+
+def devices_of(config: RunConfig) -> MeshConfig:
+    """A mesh of as many devices as every stage's has. Raises UserError where their numbers differ."""
+    meshes = [stage.mesh for stage in stage_configs(config)]
+    inner = [mesh.tp * mesh.cp * mesh.pp for mesh in meshes]
+    fixed = {size * mesh.dp for size, mesh in zip(inner, meshes) if mesh.dp}
+    if len(fixed) > 1 or any(num_devices % size for num_devices in fixed for size in inner):
+        sizes = ", ".join(f"{size * mesh.dp}" if mesh.dp else f"a multiple of {size}" for size, mesh in zip(inner, meshes))
+        raise UserError(f"the meshes of train.stages take {sizes} devices: give all of them the same number, or mesh.dp 0 for what is left")
+    return next((mesh for mesh in meshes if mesh.dp), dataclasses.replace(meshes[0], tp=1, pp=1, cp=math.lcm(*inner)))
+
+
+def train_stages(config: RunConfig, gate: Gate, initial: Initial | None = None) -> None:
+    """Trains a run to its end, stage by stage where it has stages; the same command goes on wherever it was interrupted.
+
+    Raises as `train`, and UserError where a stage has not passed the gate within the rounds that it may train on.
+    """
+    workdir = Path(config.workdir)
+    if not config.train.stages:
+        if (workdir / STAGES).exists():
+            raise UserError(f"{workdir} holds a run with stages and train.stages is empty: give them again, or another workdir")
+        return train(config, initial)
+    if (workdir / CHECKPOINTS).exists():
+        raise UserError(f"{workdir} holds a run without stages: choose another workdir, and begin with that run by init_from={workdir}")
+    stages = stage_configs(config)
+    _check(stages, gate)
+    decisions, begin = Decisions(workdir), initial
+    for number, stage in enumerate(stages, start=1):
+        last = decisions.last(number)
+        if last is None or last["verdict"] != "passed":
+            _train_until_passed(stages, number, begin, gate, decisions)
+        elif number == len(stages) or not _has_begun(stages[number]):
+            train(_to_step(stage, last["steps"]), begin)  # there is nothing to do, but where its last checkpoint cannot be read
+        begin = _StageBefore(number, stage, decisions.last(number)["steps"])
+
+
+def _train_until_passed(stages: list[RunConfig], number: int, begin: Initial | None, gate: Gate, decisions: Decisions) -> None:
+    stage, last = stages[number - 1], decisions.last(number)
+    limits, ramp = stage.train.gate, stage.train.ramp
+    round_tokens = limits.round_tokens or -(-ramp.tokens_before(stage.train.num_steps) // 10)
+    stage = _to_step(stage, max(stage.train.num_steps, (last["trains_to"] or last["steps"]) if last else 0))
+    max_rounds = 0 if stage.optimizer.anneal_steps else limits.max_rounds  # at a learning rate of 0 it would go on without learning
+    while last is None or last["verdict"] != "passed":
+        if last and last["verdict"] == "stopped" and last["gate"] == to_dict(limits):
+            raise UserError(
+                f"stage {number} of train.stages did not pass its gate ({last['reason']}), also after {decisions.num_rounds(number)} further "
+                "rounds of training: raise max_rounds of train.gate, or ask for less there, and the same command goes on"
+            )
+        train(stage, begin)
+        num_steps = stage.train.num_steps
+        with _watched_evaluation(stage), _ending_at_once():
+            verdict = gate(stages, number, decisions.short_loss)
+        passed = bool(multihost_utils.broadcast_one_to_all(np.array(verdict.passed)))  # all processes go the same way
+        trains_on = not passed and decisions.num_rounds(number) < max_rounds
+        trains_to = ramp.step_at(ramp.tokens_before(num_steps) + round_tokens)
+        last = decisions.add(number, stage, passed, trains_to if trains_on else None, verdict)
+        stage = _to_step(stage, trains_to) if trains_on else stage
+    delete_local(_checkpoints(stage), stage.checkpoint)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StageBefore:
+    """The state at the end of a stage, after `num_steps` steps, as that with which the next one begins."""
+
+    number: int
+    stage: RunConfig
+    num_steps: int
+
+    def load_state(self, steps: Steps, seed: int) -> State:
+        """Parameters, the optimizer's moments and their age; the step, and the schedule's, are 0."""
+        checkpointer = Checkpointer(_checkpoints(self.stage), self.stage.checkpoint.keep)
+        restored = checkpointer.restore(steps.plan.abstract_canonical())
+        checkpointer.close()
+        if restored is None or restored.step != self.num_steps:
+            raise UserError(f"the last checkpoint of stage {self.number} cannot be read: the same command trains the end of that stage again")
+
+        def begin(state: State) -> State:
+            is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
+            restart = lambda node: optax.ScaleByScheduleState(jnp.zeros_like(node.count)) if is_schedule(node) else node
+            return State(jnp.zeros_like(state.step), state.params, jax.tree.map(restart, state.optimizer, is_leaf=is_schedule))
+
+        return jax.jit(begin, out_shardings=steps.plan.shardings, donate_argnums=0)(steps.plan.from_canonical(restored.state))
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """All stages were compared before the first."""
+
+
+def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConfig:
+    chosen = lambda section, name: {} if getattr(section, name) in (None, 0) else {name: getattr(section, name)}
+    batch = {name: getattr(stage, name) or getattr(config.train, name) for name in ("global_batch_size", "num_micro_batches")}
+    phases = config.train.phases if number == 1 else ()
+    train = dataclasses.replace(config.train, stages=(), seq_len=stage.seq_len, phases=phases, gate=stage.gate or config.train.gate, **batch)
+    train = dataclasses.replace(train, num_steps=train.ramp.step_at(stage.tokens))
+    optimizer = config.optimizer
+    if stage.learning_rate is not None:
+        optimizer = dataclasses.replace(
+            optimizer,
+            peak_learning_rate=stage.learning_rate,
+            final_learning_rate=stage.final_learning_rate or stage.learning_rate,
+            warmup_steps=stage.warmup_steps,
+            decay_steps=train.num_steps,
+            anneal_from=stage.warmup_steps,
+            anneal_steps=train.num_steps - stage.warmup_steps if stage.final_learning_rate == 0 else 0,
+        )
+    return dataclasses.replace(
+        config,
+        workdir=str(Path(config.workdir) / STAGES / stage_name(number, stage.seq_len)),
+        seed=config.seed if number == 1 else int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),  # other batches
+        init_from=config.init_from if number == 1 else "",
+        model=dataclasses.replace(config.model, **chosen(stage, "rope_theta"), **chosen(stage, "rope_scaling")),
+        mesh=stage.mesh or config.mesh,
+        pipeline=stage.pipeline or config.pipeline,
+        data=stage.data or config.data,
+        train=train,
+        optimizer=optimizer,
+    )
+
+
+def _check(stages: list[RunConfig], gate: Gate) -> None:
+    """Refuses before the first stage what would be refused when a later one begins."""
+    fingerprint = None
+    for number, stage in enumerate(stages, start=1):
+        with _of_stage(number):
+            steps = build_steps(stage, make_mesh(stage.mesh))
+            streams, _ = open_streams(stage.data, "train"), open_streams(stage.data, "validation")
+            check_vocabulary(streams, steps.model.config.vocab_size)
+            TrainingBatches(stage.data, streams, stage.train.ramp, stage.seed, stage.train.num_steps, steps.batch_sharding)
+            fingerprint = fingerprint or streams[0].tokenizer_fingerprint
+            if streams[0].tokenizer_fingerprint != fingerprint:
+                raise UserError("its data.sources were made with another tokenizer than those of the first stage: use the same one")
+    gate.check(stages)
+
+
+@contextlib.contextmanager
+def _of_stage(number: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"stage {number} of train.stages: {error}") from error
+
+
+@contextlib.contextmanager
+def _watched_evaluation(stage: RunConfig) -> Iterator[None]:
+    """What is done inside, after the last step of the stage, is an evaluation in its timeline, and must not hang."""
+    workdir = Path(stage.workdir)
+    timeline = Timeline(workdir, time.time(), begins=False)
+    timeline.rename("evaluation")
+    timeline.begin(stage.train.num_steps)
+    try:
+        with Watchdog(stage.train.watchdog, timeline, workdir):
+            yield
+    finally:
+        timeline.close()
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Signals end what is under way, which is asked again at the next start."""
+
+    def end(number, frame):
+        if number == signal.SIGINT:
+            raise UserError("interrupted at the gate after a stage: the same command continues there")
+        raise StartAgain("stopped at the gate after a stage: the same command continues there")
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _to_step(stage: RunConfig, num_steps: int) -> RunConfig:
+    return dataclasses.replace(stage, train=dataclasses.replace(stage.train, num_steps=num_steps))
+
+
+def _checkpoints(stage: RunConfig) -> Path:
+    return Path(stage.workdir) / CHECKPOINTS
+
+
+def _has_begun(stage: RunConfig) -> bool:
+    return bool(Checkpointer(_checkpoints(stage), keep=1).steps())

@@ -1,0 +1,421 @@
+"""Checkpoints: any mesh restores what any mesh saved, and damage of every kind is found, named and stepped over."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from herd_jax.errors import PEER_LOST, FailedAlone, UserError
+from herd_jax.training.checkpoints import checksums, orbax_storage
+from herd_jax.training.checkpoints.checkpoint import CheckpointConfig, Checkpointer, SaveFailed
+
+CONFIG = {"mesh": {"tp": 2}, "sizes": [1, 2], "rate": 0.1}
+
+
+def mesh(num_devices, shape=None):
+    return Mesh(np.array(jax.devices()[:num_devices]).reshape(shape or (num_devices, 1)), ("x", "y"))
+
+
+def place(tree, mesh, *specs):
+    """The tree on the mesh; arrays of two dims take turns with the specs, others are replicated."""
+    leaves, structure = jax.tree.flatten(tree)
+    specs = [specs[index % len(specs)] if np.ndim(leaf) == 2 else P() for index, leaf in enumerate(leaves)]
+    return structure.unflatten(
+        [jax.device_put(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs, strict=True)]
+    )
+
+
+def make_state(seed=0):
+    """A training state as pytrees come: a model of NNX, an optimizer of optax, BF16, int32, bool and scalars."""
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    params = nnx.state(nnx.Linear(16, 24, rngs=nnx.Rngs(seed)))
+    return {
+        "step": jnp.int32(seed),
+        "params": params,
+        "optimizer": optax.adamw(1e-3).init(params),
+        "half": jax.random.normal(next(keys), (24, 8), jnp.bfloat16),
+        "counts": jax.random.randint(next(keys), (8, 8), -(2**31), 2**31 - 1),
+        "mask": jax.random.bernoulli(next(keys), shape=(8, 8)),
+        "special": jnp.array([[np.nan, np.inf], [-0.0, 1e-45]] * 4),
+        "big": jax.random.normal(next(keys), (64, 256)),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save_steps(directory, steps, keep=10, val_losses=None):
+    checkpointer = Checkpointer(directory, keep)
+    for step in steps:
+        checkpointer.save(
+            step, place(make_state(step), mesh(8, (4, 2)), P("x", "y")), CONFIG, {"step": step}, (val_losses or {}).get(step)
+        )
+    checkpointer.close()
+    return checkpointer
+
+
+@pytest.fixture
+def two_steps(saved, tmp_path):
+    """A directory of its own with the checkpoints of steps 1 and 2."""
+    shutil.copytree(saved, tmp_path / "run" / "checkpoints")
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save_steps(directory, [1, 2])
+    return directory
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+def test_any_mesh_restores_what_any_mesh_saved(saved, num_devices):
+    target = abstract(place(make_state(), mesh(num_devices), P(None, "x"), P("x")))
+    checkpointer = Checkpointer(saved, keep=10)
+    restored = checkpointer.restore(target)
+    assert (restored.step, restored.config, restored.position) == (2, CONFIG, {"step": 2})
+    assert_same_bits(restored.state, make_state(2))
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored.state) == jax.tree.map(lambda leaf: leaf.sharding, target)
+    assert checkpointer.config() == CONFIG and checkpointer.steps() == [1, 2]
+    checkpointer.close()
+
+
+def test_no_checkpoints(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "none", keep=1)
+    assert checkpointer.steps() == [] and checkpointer.config() is None
+    assert checkpointer.restore(abstract(make_state())) is None
+    checkpointer.close()
+    assert not (tmp_path / "none").exists()
+
+
+def test_arrays_may_be_donated_once_save_returns(tmp_path):
+    state = {f"w{index}": jnp.full((512, 512), index, jnp.float32) for index in range(8)}
+    expected, target = jax.tree.map(np.array, state), abstract(state)
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, state, {}, {})
+    jax.block_until_ready(overwrite(overwrite(state)))
+    assert_same_bits(checkpointer.restore(target).state, expected)
+    checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    "val_losses, kept", [({}, [4, 5]), ({1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan")}, [2, 4, 5]), ({3: 1.0, 1: 1.0}, [3, 4, 5])]
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, val_losses, kept):
+    save_steps(tmp_path, [1, 2, 3], 2, val_losses)
+    assert save_steps(tmp_path, [4, 5], 2, val_losses).steps() == kept  # another process knows the best, too
+
+
+@pytest.mark.parametrize("spec", [P("x", "y"), P("y"), P(None, ("x", "y")), P()])
+def test_checksums_do_not_depend_on_sharding(spec):
+    state = {name: make_state()[name] for name in ("half", "counts", "mask", "big")}
+    assert checksums.checksums(place(state, mesh(8, (4, 2)), spec)) == checksums.checksums(state)
+
+
+def test_checksums_against_numpy_and_every_single_flipped_bit():
+    bits = np.random.default_rng(0).integers(0, 2**32, (3, 5), dtype=np.uint32)
+    weights = np.arange(bits.size, dtype=np.uint32).reshape(bits.shape) * 2 + 1
+    checksum = int(checksums.checksum(jnp.asarray(bits.view(np.float32))))
+    assert checksum == int((bits * weights).sum(dtype=np.uint32))
+    for element in np.ndindex(bits.shape):
+        for bit in (0, 9, 31):
+            flipped = bits.copy()
+            flipped[element] ^= np.uint32(1 << bit)
+            assert int(checksums.checksum(jnp.asarray(flipped.view(np.float32)))) != checksum
+    assert int(checksums.checksum(jnp.asarray(bits[::-1].view(np.float32)))) != checksum  # elements that changed places
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 16
+    path.write_bytes(data[: {"truncate": len(data) // 2, "empty": 0, "flip": len(data)}[how]])
+
+
+def restore_around_damage(directory, capfd):
+    """Restores, checks that nothing wrong was believed, then saves step 2 again; returns the step and what was printed."""
+    target = abstract(place(make_state(), mesh(8), P("x")))
+    checkpointer = Checkpointer(directory, keep=10)
+    restored = checkpointer.restore(target)
+    assert_same_bits(restored.state, make_state(restored.step))
+    assert restored.position == {"step": restored.step} and restored.config == CONFIG
+    if restored.step == 1:
+        checkpointer.save(2, place(make_state(2), mesh(8), P("x")), CONFIG, {"step": 2})
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 2]
+    return restored.step, capfd.readouterr().err
+
+
+def files_of(step_directory):
+    return sorted(path.relative_to(step_directory) for path in step_directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("how", ["truncate", "empty", "flip"])
+def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, capfd, how):
+    stepped_over = []
+    for index, file in enumerate(files_of(saved / "2")):
+        directory = tmp_path / str(index) / "checkpoints"
+        shutil.copytree(saved, directory)
+        damage(directory / "2" / file, how)
+        step, printed = restore_around_damage(directory, capfd)
+        if step == 1:
+            stepped_over.append(file)
+            (line,) = printed.splitlines()
+            assert line.startswith("warning: the checkpoint of step 2 is unreadable (") and line.endswith("using step 1")
+            assert (directory.parent / "checkpoints.corrupt-2" / file).exists()
+        else:
+            assert printed == ""
+    largest = max(files_of(saved / "2"), key=lambda file: (saved / "2" / file).stat().st_size)
+    assert {largest, Path("record/metadata"), Path("state/_METADATA"), Path("state/manifest.ocdbt")} <= set(stepped_over)
+
+
+@pytest.mark.parametrize(
+    "file", ["_CHECKPOINT_METADATA", "record", "record/metadata", "state", "state/_METADATA", "state/manifest.ocdbt"]
+)
+def test_missing_files(two_steps, capfd, file):
+    path = two_steps / "2" / file
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    step, printed = restore_around_damage(two_steps, capfd)
+    assert step == (2 if file == "_CHECKPOINT_METADATA" else 1)
+    assert len(printed.splitlines()) == 2 - step
+
+
+def test_a_record_that_still_parses_but_changed(two_steps, capfd):
+    record = two_steps / "2" / "record" / "metadata"
+    record.write_text(record.read_text().replace('"step": 2', '"step": 3'))
+    step, printed = restore_around_damage(two_steps, capfd)
+    assert step == 1 and "its record changed since it was saved" in printed
+
+
+def test_config_comes_from_the_newest_readable_record(two_steps):
+    damage(two_steps / "2" / "record" / "metadata", "truncate")
+    checkpointer = Checkpointer(two_steps, keep=10)
+    assert checkpointer.config() == CONFIG and checkpointer.steps() == [1, 2]
+    checkpointer.close()
+
+
+def test_the_same_step_damaged_twice_is_set_aside_twice(two_steps, capfd):
+    for name in ("checkpoints.corrupt-2", "checkpoints.corrupt-2.again"):
+        damage(two_steps / "2" / "record" / "metadata", "empty")
+        assert restore_around_damage(two_steps, capfd)[0] == 1
+        assert (two_steps.parent / name).is_dir()
+
+
+def test_damage_that_one_process_alone_found(two_steps, monkeypatch):
+    """The others, in Orbax's barrier, do not come to ours; what is set aside is gone at the next start, but never the last one."""
+
+    def nobody_comes(flag, what, seconds=None):
+        if flag:
+            raise UserError("another process did not come")
+        return False
+
+    monkeypatch.setattr(orbax_storage, "on_any", nobody_comes)
+    state = abstract(place(make_state(), mesh(1), P()))
+    damage(two_steps / "2" / "record" / "metadata", "truncate")
+    with pytest.raises(FailedAlone, match="step 2 is unreadable .* the one before"):
+        Checkpointer(two_steps, keep=2).restore(state)
+    assert not (two_steps / "2").exists() and two_steps.with_name(f"{two_steps.name}.corrupt-2").exists()
+    assert Checkpointer(two_steps, keep=2).restore(state).step == 1
+    damage(two_steps / "1" / "record" / "metadata", "truncate")
+    with pytest.raises(UserError, match="no checkpoint in .* is readable"):
+        Checkpointer(two_steps, keep=2).restore(state)
+    assert (two_steps / "1").exists()
+
+
+def test_all_unreadable_is_an_error_that_moves_nothing(two_steps):
+    for step in ("1", "2"):
+        damage(two_steps / step / "record" / "metadata", "empty")
+    checkpointer = Checkpointer(two_steps, keep=10)
+    with pytest.raises(
+        UserError, match="no checkpoint in .* is readable .step 2: .*: bring back a good copy, or move the directory away"
+    ):
+        checkpointer.restore(abstract(make_state()))
+    assert checkpointer.steps() == [1, 2] and checkpointer.config() is None
+    checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"big": jnp.zeros((64, 128))}, r"\['big'\] is float32\[64, 256\] in the checkpoint and float32\[64, 128\] in the model"),
+        ({"half": jnp.zeros((24, 8))}, r"\['half'\] is bfloat16\[24, 8\] in the checkpoint and float32\[24, 8\] in the model"),
+        ({"more": jnp.zeros(3)}, r"\['more'\] is absent in the checkpoint and float32\[3\] in the model"),
+        ({"mask": None}, r"\['mask'\] is bool\[8, 8\] in the checkpoint and absent in the model"),
+    ],
+)
+def test_another_model_is_the_users_error(saved, change, message):
+    checkpointer = Checkpointer(saved, keep=10)
+    with pytest.raises(UserError, match=f"checkpoint of step 2 does not fit this model: {message}"):
+        checkpointer.restore(abstract(place({**make_state(), **change}, mesh(8), P())))
+    assert checkpointer.steps() == [1, 2]
+    checkpointer.close()
+
+
+def test_a_device_error_is_not_damage(two_steps, monkeypatch):
+    checkpointer = Checkpointer(two_steps, keep=10)
+    restore = checkpointer._manager.restore
+
+    def lose_device(step, args):
+        if "state" in args:
+            raise jax.errors.JaxRuntimeError("INTERNAL: device lost")
+        return restore(step, args=args)
+
+    monkeypatch.setattr(checkpointer._manager, "restore", lose_device)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpointer.restore(abstract(make_state()))
+    assert checkpointer.steps() == [1, 2]
+    checkpointer.close()
+
+
+def test_a_half_written_checkpoint_is_named_and_its_space_freed(two_steps, capfd):
+    leftover = two_steps / "7.orbax-checkpoint-tmp"
+    shutil.copytree(two_steps / "2", leftover)
+    checkpointer = Checkpointer(two_steps, keep=10)
+    assert checkpointer.restore(abstract(place(make_state(), mesh(1), P()))).step == 2
+    assert (
+        capfd.readouterr().err == "warning: the checkpoint of step 7 is half-written (its save did not finish): it is ignored\n"
+    )
+    assert leftover.exists()  # a reader deletes nothing
+    checkpointer.save(3, make_state(3), CONFIG, {"step": 3})
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 2, 3] and not leftover.exists()
+
+
+def test_a_save_that_is_written_at_once_makes_the_older_go(tmp_path, monkeypatch):
+    """The background may be done with the files, not yet with their directory's name, before the main thread asks what may go."""
+    judged = set()
+    should_preserve, note_written = orbax_storage.NewestAndBest.should_preserve, orbax_storage.NewestAndBest.note_written
+
+    def judge_when_written(policy, checkpoints, *, context):
+        while checkpoints[-1].step not in policy.sizes:
+            time.sleep(0.001)
+        kept = should_preserve(policy, checkpoints, context=context)
+        judged.add(checkpoints[-1].step)
+        return kept
+
+    def note_and_wait(policy, step):
+        note_written(policy, step)
+        while step not in judged:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(orbax_storage.NewestAndBest, "should_preserve", judge_when_written)
+    monkeypatch.setattr(orbax_storage.NewestAndBest, "note_written", note_and_wait)
+    checkpointer = save_steps(tmp_path, [1, 2], keep=1)
+    assert checkpointer.steps() == [2]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("filled", ["before", "meanwhile"])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, capfd, caplog, monkeypatch, filled):
+    if filled == "meanwhile":  # the disk had room when the save began
+        monkeypatch.setattr(orbax_storage, "require_room", lambda *_: None)
+    small, large = {"w": jnp.arange(1000.0)}, {"w": jax.random.normal(jax.random.key(0), (2_000_000,))}
+    sentence = f"checkpoint in {small_disk}/checkpoints .no space is left.: .*the earlier checkpoints are intact"
+    checkpointer = Checkpointer(small_disk / "checkpoints", keep=1)
+    checkpointer.save(1, small, CONFIG, {})
+    for step, surface in ((2, checkpointer.wait), (3, lambda: checkpointer.save(4, small, CONFIG, {}))):
+        with pytest.raises(SaveFailed, match=sentence):
+            checkpointer.save(step, large, CONFIG, {})
+            assert filled == "meanwhile"
+            surface()
+        assert checkpointer.steps() == [1]
+    assert_same_bits(checkpointer.restore(abstract(small)).state, small)
+    checkpointer.save(5, small, CONFIG, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [5]  # what failed saves would have deleted is deleted now
+    with pytest.raises(SaveFailed, match=sentence):
+        checkpointer.save(6, large, CONFIG, {})
+        assert filled == "meanwhile"
+        checkpointer.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    printed = capfd.readouterr().err.splitlines()
+    assert all("is half-written" in line for line in printed)
+
+
+def test_a_disk_that_one_process_alone_found_full(small_disk, monkeypatch):
+    """The others, in Orbax's barrier, do not come to ours."""
+
+    def nobody_comes(flag, what, seconds=None):
+        if flag:
+            raise UserError("another process did not come")
+        return False
+
+    checkpointer = Checkpointer(small_disk / "checkpoints", keep=1)
+    monkeypatch.setattr(orbax_storage, "require_room", lambda *_: None)
+    checkpointer.save(1, {"w": jax.random.normal(jax.random.key(0), (2_000_000,))}, CONFIG, {})
+    monkeypatch.setattr(orbax_storage, "on_any", nobody_comes)
+    with pytest.raises(FailedAlone, match="no space is left.* the other processes wait for this one") as raised:
+        checkpointer.wait()
+    assert raised.value.status == PEER_LOST
+    checkpointer.close()  # does not raise another error in its place
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpointer = Checkpointer(tmp_path / "file" / "checkpoints", keep=1)
+    with pytest.raises(UserError, match="cannot write a checkpoint in .*Not a directory"):
+        checkpointer.save(1, make_state(), CONFIG, {})
+    checkpointer.close()
+
+
+def test_a_process_killed_while_it_saves_leaves_the_one_before(tmp_path):
+    script = """
+    import os, signal, sys
+    from pathlib import Path
+    import jax, jax.numpy as jnp
+    from herd_jax.training.checkpoints.checkpoint import Checkpointer
+    checkpointer = Checkpointer(sys.argv[1], keep=1)
+    checkpointer.save(1, {"w": jnp.arange(10)}, {"a": 1}, {})
+    checkpointer.wait()
+    checkpointer.save(2, {"w": jax.random.normal(jax.random.key(0), (2**25,))}, {"a": 2}, {})
+    while not list(Path(sys.argv[1]).glob("2*/state*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], env=environment, timeout=120)
+    assert result.returncode == -signal.SIGKILL
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    assert checkpointer.steps() == [1] and checkpointer.config() == {"a": 1}
+    assert_same_bits(checkpointer.restore(abstract({"w": jnp.arange(10)})).state, {"w": jnp.arange(10)})
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("field", ["every_steps", "keep", "local_every_steps"])
+def test_config_is_validated(field):
+    with pytest.raises(UserError, match=f"checkpoint.{field} is 0: set it to 1 or more"):
+        CheckpointConfig(**{field: 0})
