@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 Config = TypeVar("Config")
 _USAGE = "--config FILE [--config.KEY=VALUE ...]"
@@ -53,7 +54,7 @@ def read_command_line(cls: type[Config], argv: list[str]) -> Config:
             overrides.append((flag.removeprefix("--config."), value))
     if file is None:
         raise UserError(f"no config file is named: give {_USAGE}")
-    mapping = _read_file(Path(file))
+    mapping = _read_file(user_path(file))
     for key, value in overrides:
         _set(mapping, key, value)
     return parse(cls, mapping)

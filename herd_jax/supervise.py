@@ -7,7 +7,6 @@ The command may be a launcher; from its first `--config` on, it has the argument
 
 import argparse
 import sys
-from pathlib import Path
 
 from herd_jax.config import read_command_line
 from herd_jax.errors import UserError, command_line
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> None:
     if begin is None:
         raise UserError("no command with a --config is named: give -- python -m herd_jax.train --config FILE")
     config = read_command_line(RunConfig, command[begin:])
-    sys.exit(Supervisor(command, Path(config.workdir), arguments.give_up_after, arguments.backoff).run())
+    sys.exit(Supervisor(command, config.directory, arguments.give_up_after, arguments.backoff).run())
 
 
 if __name__ == "__main__":

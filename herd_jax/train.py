@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
         request_cpu_devices(devices_of(config), num_processes)
         if "--preflight" in argv:
             for mesh in dict.fromkeys(stage.mesh for stage in stage_configs(config)):
-                preflight(mesh, config.workdir)
+                preflight(mesh, config.directory)
         elif config.init_from:
             initial = InitialWeights.open(config.init_from)
             train_stages(dataclasses.replace(config, model=initial.model_config), StageGate(), initial)

@@ -13,6 +13,7 @@ ROOT = Path(herd_jax.__file__).parent
 # From the ground up; rooms of one floor do not import from each other. What is not named here is a command, on top of all.
 FLOORS = (
     ("errors",),
+    ("files",),
     ("page",),
     ("config", "text"),
     ("mesh",),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Benchmark:
 
 def read_items(benchmark: Benchmark) -> Iterator[str]:
     """The text of each item; raises UserError for a file that cannot be read or has no items, or an item without one of the fields."""
-    path, number = Path(benchmark.path).expanduser(), 0
+    path, number = user_path(benchmark.path), 0
     try:
         for number, record in enumerate(_records(path), start=1):
             yield record if isinstance(record, str) else _text(record, benchmark, number)

@@ -12,6 +12,8 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
+from herd_jax.files import whole_file
+
 SAMPLES = 5  # texts that a task keeps of each reason of each block
 SAMPLE_CHARACTERS = 2000
 
@@ -85,10 +87,9 @@ class DropLog(PipelineStep):
         # The last generator is the first to start and the last to end, so the file is open while the blocks judge.
         self._sampled.clear()
         path = task_file(self._directory, rank, "jsonl")
-        with unfinished(path).open("w") as self._file:
+        with whole_file(path, "w") as self._file:
             yield from data
         self._file = None
-        unfinished(path).rename(path)
 
     def write(self, doc: Document, block: str, reason: str) -> None:
         line = {"id": doc.id, "url": doc.metadata.get("url", ""), "block": block, "reason": reason}
@@ -104,8 +105,3 @@ def task_file(directory: Path, task: int, suffix: str) -> Path:
     """What a task writes in a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
     return directory / f"{task:05d}.{suffix}"
-
-
-def unfinished(path: Path) -> Path:
-    """The name under which a file is written, before it gets its own: what has its own name is whole."""
-    return path.with_name(path.name + ".unfinished")

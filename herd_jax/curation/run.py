@@ -6,7 +6,6 @@ from pathlib import Path
 from textwrap import shorten
 
 from herd_jax.config import differences, to_dict
-from herd_jax.curation.block import unfinished
 from herd_jax.curation.checks import check
 from herd_jax.curation.execution import run_phases
 from herd_jax.curation.input.reading import find_inputs, plan_tasks
@@ -14,6 +13,7 @@ from herd_jax.curation.lock import only_run
 from herd_jax.curation.phases import CurationPlan
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, write_whole
 
 # What may differ when a run is continued: how it is run, not what it makes.
 EXECUTION = ("executor", "workers", "cluster")
@@ -24,7 +24,7 @@ def curate(config: CurationConfig) -> str:
 
     Raises UserError for a workdir of another configuration or input, a task that failed, and at the end of a run that left out inputs.
     """
-    workdir = Path(config.workdir).expanduser()
+    workdir = user_path(config.workdir)
     try:
         return _curate(config, workdir)
     except OSError as error:
@@ -71,8 +71,7 @@ def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> Non
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{workdir} was made from other input, such as {', '.join(names[:3])}{more}: restore it, or name another workdir")
         return
-    unfinished(note).write_text(json.dumps({"config": settled, "inputs": inputs}, indent=1))
-    unfinished(note).rename(note)
+    write_whole(note, json.dumps({"config": settled, "inputs": inputs}, indent=1))
 
 
 def _value(config: dict, name: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation.block import task_file, unfinished
+from herd_jax.curation.block import task_file
+from herd_jax.files import whole_file
 
 BATCH_CHARACTERS = 2**24  # of a row group: what a task holds while it reads or writes
 COMPRESSION = "zstd"
@@ -49,8 +50,10 @@ class _File:
 
         types = [(name, pa.type_for_alias(alias)) for name, alias in columns.items()]
         self._schema = pa.schema([("id", pa.string()), ("text", pa.large_string()), *types])
-        self._path, self._columns = path, columns
-        self._writer = pq.ParquetWriter(unfinished(path), self._schema, compression=COMPRESSION)
+        self._columns = columns
+        self._stack = contextlib.ExitStack()
+        file = self._stack.enter_context(whole_file(path))
+        self._writer = self._stack.enter_context(pq.ParquetWriter(file, self._schema, compression=COMPRESSION))
         self._rows: list[dict] = []
         self._characters = 0
 
@@ -65,11 +68,10 @@ class _File:
             self._write_rows()
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is None:
+        with self._stack:  # which sees an exception of the rows, too
+            if error is not None:
+                raise error
             self._write_rows()
-        self._writer.close()
-        if error is None:
-            unfinished(self._path).rename(self._path)
 
     def _write_rows(self) -> None:
         import pyarrow as pa

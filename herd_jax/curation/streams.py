@@ -1,15 +1,14 @@
 """Clean text -> token streams: a tokenizer for all, parts by task, streams joined from parts."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation.block import unfinished
 from herd_jax.curation.staging import rows
 from herd_jax.data.parts import validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
+from herd_jax.files import whole_directory
 from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,10 +43,8 @@ class MakeTokenizer(PipelineStep):
             model.parent.mkdir(parents=True, exist_ok=True)
             train_sentencepiece(self._sample(), int(self._tokenizer), model)
         tokenizer = load_ending(model)
-        shutil.rmtree(unfinished(self._target), ignore_errors=True)
-        tokenizer.save(unfinished(self._target))
-        shutil.rmtree(self._target, ignore_errors=True)
-        unfinished(self._target).rename(self._target)
+        with whole_directory(self._target, overwrite=True) as directory:
+            tokenizer.save(directory)
         self._target.with_name("trained.model").unlink(missing_ok=True)
 
     def _sample(self) -> Iterator[str]:
@@ -99,8 +96,6 @@ class Join(PipelineStep):
                 self._join(parts, self._target / directory.name)
 
     def _join(self, parts: list[Path], target: Path) -> None:
-        for directory in (target, unfinished(target)):  # of a task that was killed
-            shutil.rmtree(directory, ignore_errors=True)
         rule = validation_rule(parts, self._validation_fraction)
-        write_streams(parts, rule, load_tokenizer(self._tokenizer), unfinished(target), "../../../tokenizer")
-        unfinished(target).rename(target)
+        with whole_directory(target, overwrite=True) as directory:  # of a task that was killed there may be one
+            write_streams(parts, rule, load_tokenizer(self._tokenizer), directory, "../../../tokenizer")

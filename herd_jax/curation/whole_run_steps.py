@@ -7,11 +7,11 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation.block import unfinished
 from herd_jax.curation.classification.categories import MULTILINGUAL
 from herd_jax.curation.decontamination import THRESHOLDS, DecontaminationConfig, Index, report
 from herd_jax.curation.mix import MixConfig, MixSource, plan, training_config
 from herd_jax.data.streams import HEADER
+from herd_jax.files import write_whole
 from herd_jax.text.tokenizer import load_tokenizer
 
 HIGH = "-high"  # the end of a stream's name
@@ -73,7 +73,7 @@ class ReportContamination(PipelineStep):
             }
             for one in found
         ]
-        _write(self._target, json.dumps(rows, indent=1))
+        write_whole(self._target, json.dumps(rows, indent=1))
 
 
 class PlanMix(PipelineStep):
@@ -95,7 +95,7 @@ class PlanMix(PipelineStep):
                 sources.append(MixSource.open(str(directory), directory.name.split("-")[0], quality))
         if not sources:
             table = "no mix: no category has two documents, one to train and one to validate on"
-            _write(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))
+            write_whole(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))
             return
         mix = plan(sources, self._config)
         phases = [
@@ -103,7 +103,7 @@ class PlanMix(PipelineStep):
             for p in mix.phases
         ]
         epochs = {source.path: value for source, value in mix.epochs().items()}
-        _write(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "table": str(mix)}, indent=1))
+        write_whole(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "table": str(mix)}, indent=1))
         model = {"name": "llama-5m", "vocab_size": load_tokenizer(self._streams.parent / "tokenizer").vocab_size}
         run = {"workdir": str(self._workdir / "model"), "model": model, "train": {"global_batch_size": 8, "seq_len": 256}}
         training_config(mix, self._workdir / "train.py", run)
@@ -111,8 +111,3 @@ class PlanMix(PipelineStep):
 
 def _num_tokens(stream: Path) -> int:
     return sum(json.loads((stream / HEADER).read_text())["shard_tokens"])
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished(path).write_text(text)
-    unfinished(path).rename(path)

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 UNIT_BYTES = (2**20, 2**26)  # least and most source bytes in a unit of work
 NUM_UNITS = 512  # aimed at between those limits
@@ -43,7 +44,7 @@ def find_files(sources: Sequence[str], leave_out: Path) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for source in sources:
-        pattern = os.path.expanduser(source)
+        pattern = str(user_path(source))
         if os.path.isdir(pattern):
             pattern = os.path.join(glob.escape(pattern), "**")
         elif os.path.exists(pattern):

@@ -6,7 +6,6 @@ Whose turn it is lives in `mixture.py`; assembling rows into global batches is n
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import grain
@@ -15,6 +14,7 @@ import numpy as np
 from herd_jax.data.mixture import Mixture
 from herd_jax.data.streams import TokenStream
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -60,7 +60,7 @@ def open_streams(config: DataConfig, split: Literal["train", "validation"]) -> l
         raise UserError(f"data.phases start from {starts[1:]} tokens: the first must start from 1 or more, each later one from more")
     for index, sources in enumerate(config.mixtures):
         _check_weights(sources, f"data.phases[{index - 1}].sources" if index else "data.sources")
-    streams = [TokenStream(Path(path).expanduser() / split) for path in config.paths]
+    streams = [TokenStream(user_path(path) / split) for path in config.paths]
     for stream in streams[1:]:
         if stream.tokenizer_fingerprint != streams[0].tokenizer_fingerprint:
             raise UserError(f"data.sources mixes tokenizers: {stream.path} and {streams[0].path} were made with different ones")
@@ -73,7 +73,7 @@ def _check_weights(sources: dict[str, float], key: str) -> None:
     for path, weight in sources.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{key} gives {path} the weight {weight!r}: it must be a positive finite number")
-        if not Path(path).expanduser().is_dir():
+        if not user_path(path).is_dir():
             raise UserError(f"data source {path} does not exist: make it with python -m herd_jax.tokenize --target {path}")
 
 

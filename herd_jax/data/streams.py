@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import whole_file
 
 HEADER = "stream.json"
 FORMAT = "herd_jax token stream 1"
@@ -143,12 +144,11 @@ class StreamWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is not None:
             return
-        unfinished = self._path / f"{HEADER}.unfinished"
-        unfinished.write_text(json.dumps(self._header))
         for file in self._path.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        unfinished.rename(self._path / HEADER)
+        with whole_file(self._path / HEADER, "w", sync=True) as header:
+            header.write(json.dumps(self._header))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -26,11 +26,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from herd_jax.data.documents import Piece, find_files, read_documents, work_units
 from herd_jax.data.parts import DOCUMENT, validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
+from herd_jax.files import UNFINISHED, user_path
 from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 RESULTS = ("tokenizer", "validation", "train")  # in this order they appear in the target: train completes it
-UNFINISHED = ".unfinished"  # where they are made
 SAMPLE_UNITS = 64  # a trained tokenizer sees the beginnings of at most so many units of work
 
 
@@ -75,7 +75,7 @@ def tokenize_files(
     all CPUs). Raises UserError for sources without text, a target that exists (unless `overwrite`), and what cannot be written.
     """
     started = time.monotonic()
-    target = Path(target).expanduser()
+    target = user_path(target)
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}: it must be at least 0 and less than 1")
     if processes is not None and processes < 1:

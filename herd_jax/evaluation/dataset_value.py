@@ -20,6 +20,7 @@ from herd_jax.data.batches import validation_batches
 from herd_jax.data.rows import MixPhase, load_data_tokenizer, open_streams, validation_rows
 from herd_jax.errors import UserError
 from herd_jax.evaluation.results import output_directory, write_results
+from herd_jax.files import user_path, whole_directory
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.parallel.schedule import PipelineConfig
@@ -48,7 +49,7 @@ def dataset_value(run: str | Path, candidate: str, share: float = 0.3, num_token
     if mesh:
         with contextlib.suppress(RuntimeError):  # jax has started, on devices that the mesh then fits or is refused for
             request_cpu_devices(mesh)
-    run, directory = Path(run).expanduser(), output_directory(output, run)
+    run, directory = user_path(run), output_directory(output, run)
     checkpoint, config = _half_trained(run)
     if mesh:
         config = dataclasses.replace(config, mesh=mesh, pipeline=PipelineConfig())
@@ -176,11 +177,9 @@ def _begin(workdir: Path, checkpoint: Path) -> None:
     target = workdir / CHECKPOINTS / checkpoint.name
     if target.parent.exists():
         return
-    unfinished = workdir / "unfinished" / checkpoint.name
     try:
-        shutil.rmtree(unfinished.parent, ignore_errors=True)
-        shutil.copytree(checkpoint, unfinished)
-        unfinished.parent.rename(target.parent)
+        with whole_directory(target.parent) as directory:
+            shutil.copytree(checkpoint, directory / checkpoint.name)
     except OSError as error:
         raise UserError(f"cannot copy {checkpoint} to {workdir} ({error.strerror or error}): mend that, or give another --output") from error
 

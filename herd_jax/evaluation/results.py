@@ -5,7 +5,6 @@ A file appears whole or not at all. `compare` and `contamination` join the items
 
 import json
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, write_whole
 
 VERSION = 1
 OF_SEVERAL = ("compare", "contamination")  # commands whose results are of several models, and may lie beside those of one
@@ -25,7 +25,7 @@ _KEYS = {"command", "model", "version", "settings", "results"}
 
 def output_directory(output: str | Path | None, model: str | Path) -> Path:
     """What `--output` says, else `evaluation/<last part of the model's path>`."""
-    return Path(output) if output else Path("evaluation") / Path(model).resolve().name
+    return user_path(output) if output else Path("evaluation") / user_path(model).resolve().name
 
 
 def check_writable(directory: Path) -> None:
@@ -43,7 +43,7 @@ def check_output(directory: Path, model: str | Path) -> None:
     be taken for this one's."""
     check_writable(directory)
     for record in read_results(directory).values():
-        if record["command"] not in OF_SEVERAL and Path(record["model"]).resolve() != Path(model).resolve():
+        if record["command"] not in OF_SEVERAL and user_path(record["model"]).resolve() != user_path(model).resolve():
             raise UserError(f"{directory} holds results of another model, {record['model']}: give another --output")
 
 
@@ -66,7 +66,7 @@ def write_results(
     """
     record = {"command": command, "model": str(model), "version": VERSION, "settings": dict(settings), "results": dict(results)}
     text = json.dumps(_plain(record), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    return write_file(Path(directory) / f"{command}.json", text + "\n")
+    return write_whole(user_path(directory) / f"{command}.json", text + "\n")
 
 
 def write_items(directory: str | Path, task: str, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -83,7 +83,7 @@ def write_items(directory: str | Path, task: str, rows: Iterable[Mapping[str, An
         number = seen[row["id"]]
         row = dict(row) | {"id": row["id"] if number == 1 else f"{row['id']}-{number}"}
         lines.append(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
-    return write_file(_items_file(directory, task), "".join(lines))
+    return write_whole(_items_file(directory, task), "".join(lines))
 
 
 def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
@@ -119,26 +119,14 @@ def item_tasks(directory: str | Path) -> list[str]:
     return sorted(unquote(file.stem) for file in (_existing(directory) / "items").glob("*.jsonl"))
 
 
-def write_file(path: Path, text: str) -> Path:
-    """Writes a whole file or none, in UTF-8 (of half an emoji, "?"). Raises UserError where it cannot be written."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): give an --output that can be") from error
-    return path
-
-
 def _items_file(directory: str | Path, task: str) -> Path:
-    return Path(directory) / "items" / f"{quote(task, safe=' ')}.jsonl"  # a task may be named with a slash
+    return user_path(directory) / "items" / f"{quote(task, safe=' ')}.jsonl"  # a task may be named with a slash
 
 
 def _existing(directory: str | Path) -> Path:
-    if not Path(directory).is_dir():
+    if not user_path(directory).is_dir():
         raise UserError(f"{directory} is no directory: give one that python -m herd_jax.evaluate wrote")
-    return Path(directory)
+    return user_path(directory)
 
 
 def _parse(file: Path, text: bytes) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.interop.formats.workdir import CHECKPOINTS, newest_checkpoints
 from herd_jax.interop.load import open_source
 from herd_jax.interop.save import save
@@ -33,7 +34,7 @@ def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence
         raise UserError(f"--weights has {len(weights)} numbers and --source {len(sources)} paths: give one weight for each path")
     if not all(weight > 0 and math.isfinite(weight) for weight in weights):
         raise UserError(f"--weights is {', '.join(map(str, weights))}: each must be a positive finite number")
-    groups = [_checkpoints(Path(source).expanduser(), last) if last is not None else [Path(source)] for source in sources]
+    groups = [_checkpoints(user_path(source), last) if last is not None else [user_path(source)] for source in sources]
     models = [open_source(path) for group in groups for path in group]
     relative = weights or [1.0] * len(sources)
     shares = [weight / len(group) / math.fsum(relative) for weight, group in zip(relative, groups, strict=True) for _ in group]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.interop.formats import gguf, herd, huggingface, meta, workdir
 from herd_jax.interop.formats.mapping import parameter_name
 from herd_jax.interop.source import Source
@@ -21,7 +22,7 @@ PyTree = Any
 def open_source(path: str | Path) -> Source:
     """The model at `path`, its format found by looking: a Hugging Face, Meta or herd directory, a GGUF file or the directory of one, the
     workdir of a training run, or one of its checkpoints. Raises UserError for what is none of them, or is damaged."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC:

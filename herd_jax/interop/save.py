@@ -1,8 +1,6 @@
 """Writes a model as a directory, one tensor at a time. A directory that is there is complete: it is written under another name."""
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, whole_directory
 from herd_jax.interop.formats import herd, huggingface, meta
 from herd_jax.interop.formats.mapping import Mapped, parameter_name, tensor_bytes, tensor_dtypes, tensor_shapes, walk
 from herd_jax.interop.load import open_source
@@ -41,7 +40,7 @@ def save(target: str | Path, to: str, config: LlamaConfig, read: Read, dtype, to
     `read(name, layer)` gives a parameter as `Source.read` does: by its path in the declaration, in its declared shape, one layer of it.
     Raises UserError where the target exists or cannot be written, or where the format cannot say what the model is.
     """
-    target = Path(target).expanduser().absolute()
+    target = user_path(target).absolute()
     if to not in FORMATS:
         raise UserError(f"--to is '{to}': it must be one of {', '.join(FORMATS)}")
     if target.exists():
@@ -91,16 +90,10 @@ def _arrays(mapping: dict[str, Mapped], read: Read, dtype: np.dtype, advance: Ca
 
 @contextlib.contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """A directory beside `target` that becomes it at the end, and is removed after an error."""
+    """`whole_directory` for a model, of which the disk may be too small for."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
-        try:
+        with whole_directory(target) as directory:
             yield directory
-            directory.chmod(0o755)
-            directory.rename(target)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror or error}): mend that and give the same command again") from error
 

@@ -91,7 +91,7 @@ def joined(config: dict) -> Iterator[int]:
 
 def code_hash() -> str:
     """Of all files of herd_jax, by path and content."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

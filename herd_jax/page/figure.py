@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 
 @contextlib.contextmanager
@@ -12,7 +13,8 @@ def figure_file(path: str | Path, width: float, height: float):
 
     Raises UserError where matplotlib is missing or the file cannot be.
     """
-    if Path(path).suffix not in (".png", ".svg"):
+    path = user_path(path)
+    if path.suffix not in (".png", ".svg"):
         raise UserError(f"{path} has a suffix that cannot be drawn: choose a file that ends in .png or .svg")
     try:
         import matplotlib

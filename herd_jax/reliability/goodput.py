@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.page.figure import figure_file
 from herd_jax.reliability.timeline import PHASES, Timeline, timelines
 
@@ -90,7 +91,7 @@ def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput
 
     Raises UserError where nothing is recorded.
     """
-    path = timelines(Path(workdir))[0]
+    path = timelines(user_path(workdir))[0]
     if not path.exists():
         raise UserError(f"{path} does not exist: name the workdir of a run that was started")
     lines = read_timeline(workdir)
@@ -113,7 +114,7 @@ def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput
 def read_timeline(workdir: str | Path) -> list[dict]:
     """The complete lines of the run in `workdir`, oldest first; steps are counted over all of its stages."""
     lines, before = [], 0
-    for path in timelines(Path(workdir)):
+    for path in timelines(user_path(workdir)):
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         stage = [line for line in map(_parse, text.split("\n")) if line]
         lines += [{**line, "from": before + line["from"], "to": before + line["to"]} for line in stage]

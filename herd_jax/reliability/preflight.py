@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from herd_jax.errors import HUNG, UserError
+from herd_jax.files import user_path
 from herd_jax.mesh import AXES, MeshConfig, make_mesh, on_mesh
 
 _SHARE = 0.9  # of the median, below which a rate or a memory is an outlier
@@ -64,7 +65,7 @@ def preflight(mesh_config: MeshConfig, workdir: str) -> None:
     with _limit("clock"):
         clock = _clock_skew()
     with _limit("workdir"):
-        path = _try_path(Path(workdir).absolute())
+        path = _try_path(user_path(workdir).absolute())
         rows = _gather(Row(jax.process_index(), socket.gethostname(), kinds, memory, matmul, bandwidth, clock, path))
     if jax.process_index() == 0:
         print(table(rows), flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.text.gguf_tokenizer import GGUF_MAGIC, read_gguf_tokenizer
 from herd_jax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from herd_jax.text.llama3_tokenizer import Llama3Tokenizer
@@ -46,7 +47,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
     if str(name_or_path) == "bytes":
         return ByteTokenizer({})
-    path = _tokenizer_file(Path(name_or_path).expanduser())
+    path = _tokenizer_file(user_path(name_or_path))
     beside = {name: path.with_name(name).read_bytes() for name in BESIDE_FILES if path.with_name(name).is_file()}
     try:
         return _read(path, beside)

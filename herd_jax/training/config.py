@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.mesh import MeshConfig
 from herd_jax.models.attention.attention import choose
 from herd_jax.models.config import ModelConfig
@@ -133,6 +135,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def directory(self) -> Path:
+        """The workdir as a path."""
+        return user_path(self.workdir)
 
     def __post_init__(self):
         if not self.workdir:

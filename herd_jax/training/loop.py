@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -59,7 +58,7 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
     check_vocabulary(streams, steps.model.config.vocab_size)
     ramp = config.train.ramp
     batches = TrainingBatches(config.data, streams, ramp, config.seed, config.train.num_steps, steps.batch_sharding)
-    workdir = Path(config.workdir)
+    workdir = config.directory
     tokenizer = load_data_tokenizer(config.data, streams)
     tokenizer.save(workdir / TOKENIZER)
     if initial:
@@ -274,7 +273,7 @@ class _Loop:
         left_out = f"the batches of steps {target + 1} to {bad_step} are left out"
         self.console.message(f"the loss or its gradient is {wrong}: back to step {target}, {left_out}")
         self.timeline.begin(position["step"])
-        self.goodput = GoodputSoFar(Path(self.config.workdir), self.timeline, position["step"])
+        self.goodput = GoodputSoFar(self.config.directory, self.timeline, position["step"])
         return state, position["step"]
 
     def interval_metrics(self, pending: list[dict], step: int, since: float, waited: float) -> dict:

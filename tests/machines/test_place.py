@@ -1,15 +1,18 @@
 """Where a process stands among those of a run, by launcher; and the roll call: what it refuses, in whose words, and what it tells later."""
 
 import dataclasses
+import hashlib
 import resource
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
+import herd_jax
 from herd_jax.errors import PEER_LOST, USER_ERROR, UserError
 from herd_jax.machines.place import FIRST_PORT, Place, code_hash, find_place
 from herd_jax.machines.roll_call import Hello, _allow_open_files, absence, answer_roll, call_roll, clash, difference
@@ -216,5 +219,8 @@ def test_a_good_end_of_one_is_no_alarm():
     assert [process.wait(50) for process in processes] == [0, 0, 0]
 
 
-def test_code_hash():
-    assert code_hash() == code_hash() and len(code_hash()) == 12
+def test_code_hash_is_of_every_file_of_the_package():
+    root, digest = Path(herd_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    assert code_hash() == digest.hexdigest()[:12]

@@ -10,6 +10,7 @@ from herd_jax.curation.classification import linear_classifier
 from herd_jax.curation.classification.labelled import Labelled, read_texts
 from herd_jax.curation.classification.linear_classifier import LinearClassifier
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 KINDS = ("linear", "transformer")
 BATCH_CHARACTERS = 2**24  # of the documents that wait for a batch to fill, but for the last one
@@ -17,7 +18,7 @@ BATCH_CHARACTERS = 2**24  # of the documents that wait for a batch to fill, but 
 
 def open_classifier(path: str):
     """A LinearClassifier from a file, a TransformerClassifier from a directory: both have `labels`, `batch_size` and `scores(texts)`."""
-    if not Path(path).is_dir():
+    if not user_path(path).is_dir():
         return LinearClassifier.load(path)
     from herd_jax.curation.classification.transformer_classifier import TransformerClassifier  # not before it is needed: it starts jax
 
@@ -26,10 +27,10 @@ def open_classifier(path: str):
 
 def read_labels(path: str) -> tuple[str, ...]:
     """The labels of a classifier, without starting jax. Raises UserError where the classifier is absent, damaged or another."""
-    if not Path(path).is_dir():
+    if not user_path(path).is_dir():
         return LinearClassifier.load(path).labels
     try:
-        return tuple(json.loads((Path(path) / "config.json").read_text())["labels"])
+        return tuple(json.loads((user_path(path) / "config.json").read_text())["labels"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged or no transformer classifier: train it again with the train-classifier command") from error
 
@@ -50,7 +51,7 @@ def train_classifier(kind: str, sets: Mapping[str, Sequence[str]], judged: str |
         raise UserError(f"the kind of classifier is '{kind}': it must be one of {', '.join(KINDS)}")
     if bool(sets) == bool(judged):
         raise UserError("a classifier learns from sets or from a judge's labels: give two or more --set LABEL=GLOB, or --judged FILE")
-    if Path(target).exists():
+    if user_path(target).exists():
         raise UserError(f"{target} exists already: name another target for the classifier, or move it away")
     if judged:
         labelled = Labelled.of_judgements(judged)

@@ -14,6 +14,7 @@ import numpy as np
 
 from herd_jax.data.documents import find_files, read_documents, work_units
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 MAX_CHARACTERS = 100_000  # of a text that are kept: classifiers look at its beginning
 HELD_OUT = 0.05  # of each label's texts, once to choose when to stop and once to report on
@@ -55,7 +56,7 @@ class Labelled:
     def of_judgements(cls, path: str | Path) -> "Labelled":
         """What `labels.label_files` wrote. Raises UserError where the file is another."""
         try:
-            lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            lines = [json.loads(line) for line in user_path(path).read_text().splitlines()]
             labels = tuple(lines[0]["scores"])
             targets = np.asarray([[line["scores"][label] for label in labels] for line in lines], np.float32)
             return cls(labels, [line["text"] for line in lines], targets)

@@ -13,6 +13,7 @@ import numpy as np
 
 from herd_jax.curation.classification.labelled import read_texts, text_id
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 from herd_jax.text import chat
 from herd_jax.text.tokenizer import Tokenizer
 
@@ -97,13 +98,13 @@ def label_files(
     """
     requirement = find_requirement(requirement_name)
     about = {"requirement": requirement_name, "model": str(model_path)}
-    done = _read_done(Path(target), about)
+    done = _read_done(user_path(target), about)
     texts = {text_id(text): text for text in read_texts(sources, text_field)}
     missing = [text for key, text in texts.items() if key not in done]
     if missing:
         model = load(model_path)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with Path(target).open("a") as file:
+        user_path(target).parent.mkdir(parents=True, exist_ok=True)
+        with user_path(target).open("a") as file:
             for batch in _batches(missing):
                 for text, scores in zip(batch, _label_batch(model, batch, requirement), strict=True):
                     line = {"id": text_id(text), **about, "scores": scores, "text": _beginning(text)}

@@ -16,6 +16,7 @@ import numpy as np
 from herd_jax.curation.classification.labelled import Evaluation, Labelled, evaluate
 from herd_jax.curation.text import words
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, whole_file
 
 FORMAT = "herd_jax linear classifier 1"
 MAX_WORDS = 1 << 16  # of a text, from its beginning
@@ -64,18 +65,15 @@ class LinearClassifier:
 
     def save(self, path: str | Path) -> None:
         """Writes one .npz; it appears whole or not at all."""
-        path = Path(path)
+        path = user_path(path)
         header = {"format": FORMAT, "labels": self.labels, "config": dataclasses.asdict(self.config), "fingerprint": self.fingerprint}
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        with whole_file(path) as file:
             np.savez_compressed(file, header=json.dumps(header), weights=self.weights_FC, bias=self.bias_C)
-        unfinished.rename(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "LinearClassifier":
         """Raises UserError where the file is absent, damaged or another."""
-        if not Path(path).is_file():
+        if not user_path(path).is_file():
             raise UserError(f"the linear classifier {path} does not exist: train it with the train-classifier command, or correct its path")
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -9,9 +9,10 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation.block import Block, unfinished
+from herd_jax.curation.block import Block
 from herd_jax.curation.classification.categories import topic_rates
 from herd_jax.curation.staging import rows
+from herd_jax.files import write_whole
 
 
 class TopicRates(PipelineStep):
@@ -29,8 +30,7 @@ class TopicRates(PipelineStep):
         for file in sorted(self._documents.glob("*.parquet")):
             for row in rows(file, ["topic", "text"]):
                 characters[row["topic"]] += len(row["text"])
-        unfinished(self._target).write_text(json.dumps(topic_rates(characters, self._caps), indent=1))
-        unfinished(self._target).rename(self._target)
+        write_whole(self._target, json.dumps(topic_rates(characters, self._caps), indent=1))
 
 
 class Rebalance(Block):

@@ -5,7 +5,6 @@ judgements of a chat model (section 3.1.1). Ours starts from random weights. Tra
 import dataclasses
 import functools
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import optax
 
 from herd_jax.curation.classification.labelled import Evaluation, Labelled, evaluate
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, whole_directory
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.models.attention.attention import choose
 from herd_jax.models.encoder import Encoder, EncoderConfig
@@ -89,23 +89,20 @@ class TransformerClassifier:
 
     def save(self, directory: str | Path) -> None:
         """Writes config.json, weights.npz and the tokenizer into a new directory, which appears whole. Raises UserError if it exists."""
-        directory = Path(directory)
+        directory = user_path(directory)
         if directory.exists():
             raise UserError(f"{directory} exists already: name another directory for the classifier, or move it away")
-        unfinished = directory.with_name(f"{directory.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         header = {"format": FORMAT, "labels": self.labels, "encoder": dataclasses.asdict(self.config)}
-        (unfinished / "config.json").write_text(json.dumps(header, indent=2) + "\n")
         leaves = {f"{part}.{name}": np.asarray(value) for part, values in self.params.items() for name, value in values.items()}
-        np.savez(unfinished / "weights.npz", **leaves)
-        self.tokenizer.save(unfinished / "tokenizer")
-        unfinished.rename(directory)
+        with whole_directory(directory) as unfinished:
+            (unfinished / "config.json").write_text(json.dumps(header, indent=2) + "\n")
+            np.savez(unfinished / "weights.npz", **leaves)
+            self.tokenizer.save(unfinished / "tokenizer")
 
     @classmethod
     def load(cls, directory: str | Path) -> "TransformerClassifier":
         """Raises UserError where the directory is absent, damaged or another."""
-        directory = Path(directory)
+        directory = user_path(directory)
         if not directory.is_dir():
             raise UserError(f"the classifier {directory} does not exist: train it with the train-classifier command, or correct its path")
         try:

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from herd_jax.curation.block import task_file, unfinished
+from herd_jax.curation.block import task_file
+from herd_jax.files import whole_file
 
 KEY = ("key", "<u8")
 
 
 def write(directory: Path, task: int, records: np.ndarray) -> None:
     """Writes the records of a task, a structured array with a field "key"; of equal keys the order stays."""
-    path = task_file(directory, task, "npy")
-    with unfinished(path).open("wb") as file:
+    with whole_file(task_file(directory, task, "npy")) as file:
         np.save(file, records[np.argsort(records["key"], kind="stable")])
-    unfinished(path).rename(path)
 
 
 def read(directory: Path, low: int, high: int) -> np.ndarray:

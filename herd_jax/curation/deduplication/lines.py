@@ -12,10 +12,11 @@ import xxhash
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation.block import Block, task_file, unfinished
+from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import is_first
 from herd_jax.curation.staging import num_documents
+from herd_jax.files import whole_file
 
 LINE = np.dtype([exchange.KEY, ("bucket", "<u8")])
 TASKS_AT_ONCE = 1024  # whose dropped documents are held in memory
@@ -38,9 +39,8 @@ class CountSurvivors(PipelineStep):
             low, high = first << 32, (first + TASKS_AT_ONCE) << 32
             gone = np.unique(np.concatenate([np.empty(0, np.uint64), *(exchange.read(directory, low, high)["key"] for directory in self._dropped)]))
             counts -= np.bincount((gone >> np.uint64(32)).astype(np.int64), minlength=self._num_tasks)
-        with unfinished(self._target).open("wb") as file:
+        with whole_file(self._target) as file:
             np.save(file, np.cumsum([0, *counts]))
-        unfinished(self._target).rename(self._target)
 
 
 class Bucket(PipelineStep):

@@ -7,10 +7,11 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation.block import task_file, unfinished
+from herd_jax.curation.block import task_file
 from herd_jax.curation.heuristics import outliers
 from herd_jax.curation.heuristics.prose import CODE
 from herd_jax.curation.text import words
+from herd_jax.files import whole_file
 
 MAX_TASKS = 256  # whose words are counted, evenly spaced: a distribution of words needs no more
 
@@ -58,6 +59,5 @@ class SumWords(PipelineStep):
 
 
 def _write(path: Path, counts: dict[str, np.ndarray]) -> None:
-    with unfinished(path).open("wb") as file:
+    with whole_file(path) as file:
         np.savez_compressed(file, **counts)
-    unfinished(path).rename(path)

@@ -11,11 +11,12 @@ from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 
-from herd_jax.curation.block import Block, task_file, unfinished
+from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.input.decoding import decode
 from herd_jax.curation.input.warc import IS_WARC, read_captures
 from herd_jax.data.documents import TOO_LONG, Piece, find_files, holds_rows, read_rows, work_units
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, write_whole
 
 HTML, PLAIN, CODE = "text/html", "text/plain", "text/x-code"
 _HTML_SUFFIXES = frozenset((".html", ".htm", ".xhtml", ".shtml"))
@@ -55,7 +56,7 @@ def find_inputs(sources: tuple[str, ...], leave_out: Path) -> list[Path]:
     """
     files = find_files(sources, leave_out)
     for source in sources:
-        path = Path(source).expanduser()
+        path = user_path(source)
         for _ in os.walk(path, onerror=_refuse) if path.is_dir() else ():
             pass
         if path.is_file() and not IS_WARC.search(path.name) and not holds_rows(path):
@@ -95,8 +96,7 @@ class Reader(Block):
         yield from self.sift((doc for piece in self.tasks[rank] for doc in self._read(piece)), self.filter)
         if self.problems:
             path = task_file(self.problems, rank, "json")
-            unfinished(path).write_text(json.dumps(self._found, indent=1))
-            unfinished(path).rename(path)
+            write_whole(path, json.dumps(self._found, indent=1))
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return (False, doc.metadata[LEFT_OUT]) if LEFT_OUT in doc.metadata else True

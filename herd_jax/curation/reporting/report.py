@@ -5,13 +5,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from herd_jax.curation.block import unfinished
 from herd_jax.curation.reporting.data import CurationReport, collect
 from herd_jax.curation.reporting.fate import lines_of_document
 from herd_jax.curation.reporting.formats import percent, printable, short
 from herd_jax.curation.reporting.page import page
 from herd_jax.curation.reporting.plots import RAW
-from herd_jax.errors import UserError
+from herd_jax.files import user_path, write_whole
 
 BAR = 24  # characters
 REASONS = 10
@@ -24,12 +23,12 @@ def inspect(directory: Path, document: str | None = None) -> str:
     Needs no more memory than a row group of the run's files, some samples of each reason and a count for each group of documents.
     Raises UserError where the directory is no curation workdir or holds no such document.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     if document is not None:
         return "\n".join(map(printable, lines_of_document(directory, document)))
     report = collect(directory)
-    _write(directory / "report.html", page(report))
-    _write(directory / "report.json", json.dumps(to_dict(report), indent=1))
+    write_whole(directory / "report.html", page(report))
+    write_whole(directory / "report.json", json.dumps(to_dict(report), indent=1))
     return "\n".join(map(printable, [*lines(report), f"page: {directory / 'report.html'}"]))
 
 
@@ -107,12 +106,3 @@ def _aligned(rows: list[tuple[str, ...]], sides: str) -> list[str]:
     widths = [max(map(len, column)) for column, _ in columns]
     cells = [[f"{text:{side}{width}}" for text in column] for (column, side), width in zip(columns, widths)]
     return ["  ".join(line).rstrip() for line in zip(*cells)]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        # A file name or a setting may hold what UTF-8 cannot.
-        unfinished(path).write_text(text, encoding="utf-8", errors="replace")
-        unfinished(path).rename(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room, or make the directory writable") from error

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.resources
 import itertools
-import os
 import re
 import tarfile
 from array import array
@@ -23,6 +22,7 @@ from datatrove.data import Document
 
 from herd_jax.curation.block import Block
 from herd_jax.errors import UserError
+from herd_jax.files import user_path, whole_file
 
 URL_CHARACTERS = 8192  # of a longer URL the beginning is judged
 _HOST_CHARACTERS = 253  # the most that a name may have (RFC 1035); a longer one is on no list
@@ -72,7 +72,7 @@ class UrlSafety(Block):
         self._config = config
         lists = (value for value in dataclasses.asdict(config).values() if isinstance(value, tuple))
         for path in itertools.chain.from_iterable(lists):
-            if not Path(path).is_file():
+            if not user_path(path).is_file():
                 raise UserError(f"the URL list {path} does not exist: correct its name in the section urls of the config")
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
@@ -137,20 +137,17 @@ class UrlSafety(Block):
         for path in [*packages, *map(Path, paths)]:
             with path.open("rb") as list_file:
                 digest.update(hashlib.file_digest(list_file, "sha256").digest())
-        directory = Path(self._config.cache_dir).expanduser()
+        directory = user_path(self._config.cache_dir)
         file = directory / f"{name}-{digest.hexdigest()[:32]}.npy"
         if not file.is_file():
             entries = itertools.chain(
-                *(_packaged_entries(path, packaged) for path in packages), *(_entries(Path(path).open("rb")) for path in paths)
+                *(_packaged_entries(path, packaged) for path in packages), *(_entries(user_path(path).open("rb")) for path in paths)
             )
             hashes = _hashes(filter(None, map(normalize, entries)))
             hashes.sort()
-            unfinished = directory / f"{file.name}.{os.uname().nodename}.{os.getpid()}"
             try:
-                directory.mkdir(parents=True, exist_ok=True)
-                with unfinished.open("wb") as out:
+                with whole_file(file, shared=True) as out:
                     np.save(out, hashes)
-                unfinished.rename(file)
             except OSError as error:
                 raise UserError(
                     f"the hashed URL lists cannot be written to {directory} ({error.strerror}): set urls.cache_dir to a directory with room"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from herd_jax.errors import UserError
+from herd_jax.files import user_path
 
 
 def find_data(task: str, packaged: str | None, data_dir: str | Path | None) -> Path:
@@ -38,7 +39,7 @@ def find_data(task: str, packaged: str | None, data_dir: str | Path | None) -> P
 
 def check_directory(data_dir: str | Path) -> Path:
     """The directory that --data names; raises UserError where there is none."""
-    root = Path(data_dir).expanduser()
+    root = user_path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data {data_dir} is not a directory: give the one that holds the data of the tasks")
     return root

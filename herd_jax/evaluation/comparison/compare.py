@@ -8,6 +8,7 @@ import numpy as np
 from herd_jax.errors import UserError
 from herd_jax.evaluation.comparison.statistics import holm, paired
 from herd_jax.evaluation.results import item_tasks, read_items, write_results
+from herd_jax.files import user_path
 
 SIGNIFICANT = 0.05
 
@@ -18,7 +19,7 @@ def compare(first: str, second: str, output: str | None = None) -> str:
     A task whose items have several metrics (acc and acc_norm, say) has a line, and a test, for each: "TASK METRIC".
     Raises UserError where they have no task in common, where the items of one differ, and for items without a score.
     """
-    names = [Path(directory).resolve().name for directory in (first, second)]
+    names = [user_path(directory).resolve().name for directory in (first, second)]
     names = names if names[0] != names[1] else [first, second]
     tasks, other = item_tasks(first), item_tasks(second)
     common = sorted({*tasks} & {*other})
@@ -35,7 +36,7 @@ def compare(first: str, second: str, output: str | None = None) -> str:
         found |= {"p_holm": p, "is_significant": p < SIGNIFICANT}
     only = {name: sorted({*has} - {*common}) for name, has in zip(names, (tasks, other))}
     settings = {"first": str(first), "second": str(second), "names": names, "only": only}
-    directory = Path(output) if output else Path("evaluation") / "-vs-".join(Path(name).name for name in names)
+    directory = user_path(output) if output else Path("evaluation") / "-vs-".join(Path(name).name for name in names)
     path = write_results(directory, "compare", " and ".join(names), settings, results)
     left_out = [f"only of {name}: {', '.join(found)}" for name, found in only.items() if found]
     return "\n".join([table(results, names), *left_out, f"written: {path}"])

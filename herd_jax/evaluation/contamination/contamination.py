@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from herd_jax.curation.decontamination import NGRAM
 from herd_jax.curation.text import words
@@ -12,7 +11,8 @@ from herd_jax.evaluation.benchmarks.task_data import read_records, read_texts
 from herd_jax.evaluation.benchmarks.tasks import asdiv, humaneval
 from herd_jax.evaluation.contamination.gain import estimate
 from herd_jax.evaluation.contamination.scan import scan
-from herd_jax.evaluation.results import check_writable, item_id, read_items, write_file, write_results
+from herd_jax.evaluation.results import check_writable, item_id, read_items, write_results
+from herd_jax.files import user_path, write_whole
 
 OUTPUT = "evaluation/contamination"
 TEXT_FIELDS = ("text", "prompt")  # of items that are no multiple choice
@@ -39,7 +39,7 @@ def contamination(
     """
     if workers < 0:
         raise UserError(f"--workers is {workers}: it must be 1 or more, or 0 for one a core")
-    directory = Path(output or OUTPUT)
+    directory = user_path(output or OUTPUT)
     texts = {task: item_texts(task, data) for task in tasks}
     models = _model_names(scores)
     score = {task: {model: _scores(scored, task, texts[task]) for model, scored in models.items()} for task in tasks}
@@ -49,7 +49,7 @@ def contamination(
     for task in tasks:
         coverage = dict(zip(texts[task], found[task].tolist(), strict=True))
         rows = (json.dumps({"id": each, "coverage": share}) + "\n" for each, share in coverage.items())
-        write_file(directory / "coverage" / f"{task}.jsonl", "".join(rows))
+        write_whole(directory / "coverage" / f"{task}.jsonl", "".join(rows))
         short = sum(len(words.split(text).folded) < NGRAM for text in texts[task].values())
         results[task] = {"num_short": short} | estimate(coverage, score[task])
     settings = {"streams": list(streams), "scores": models, "data": data}
@@ -59,7 +59,7 @@ def contamination(
 
 def item_texts(task: str, data: str | None) -> dict[str, str]:
     """The texts of the items by their ids: of multiple choice the question and the choices, else what is asked."""
-    file = Path(data, f"{task}.jsonl").expanduser() if data else None
+    file = (user_path(data) / f"{task}.jsonl") if data else None
     first = next(read_records(file), {}) if file and file.is_file() else {}
     if field := next((field for field in TEXT_FIELDS if field in first), None):
         texts: dict[str, str] = {}
@@ -98,7 +98,7 @@ def _shown(gain: dict | None) -> str:
 
 def _model_names(directories: Sequence[str]) -> dict[str, str]:
     """The directories by their last parts, or whole where two have the same."""
-    names = [Path(directory).resolve().name for directory in directories]
+    names = [user_path(directory).resolve().name for directory in directories]
     return {name if names.count(name) == 1 else directory: directory for name, directory in zip(names, directories, strict=True)}
 
 

@@ -25,7 +25,8 @@ from herd_jax.curation.decontamination import Decontaminate, DecontaminationConf
 from herd_jax.curation.execution import ClusterConfig, Phase, run_phases
 from herd_jax.data.streams import HEADER, TokenStream
 from herd_jax.errors import UserError
-from herd_jax.evaluation.results import item_id, write_file
+from herd_jax.evaluation.results import item_id
+from herd_jax.files import user_path, write_whole
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_TOKENS = 2**24  # of a stream that one task reads, unless there were too many tasks
@@ -71,10 +72,10 @@ def scan(
     `workers` processes read the streams (0: one a core). What they find stays below `directory` for the next call.
     Raises UserError where a stream or its tokenizer cannot be read, and for a task without items.
     """
-    sources = [StreamTexts(Path(path).expanduser()) for path in streams]
+    sources = [StreamTexts(user_path(path)) for path in streams]
     for source in sources:
         load_tokenizer(TokenStream(source.path).tokenizer_path)  # refused before the first is read, not after
-    workdir = Path(directory) / item_id(*(text for task, items in texts.items() for text in (task, str(len(items)), *items)))
+    workdir = user_path(directory) / item_id(*(text for task, items in texts.items() for text in (task, str(len(items)), *items)))
     index_file, phases, hits = workdir / "index.npz", [], []
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def _benchmarks(texts: Mapping[str, Sequence[str]], directory: Path) -> list[Ben
         if not items:
             raise UserError(f"task {task} has no items: give data that has some")
         lines = "".join(json.dumps({"text": text}) + "\n" for text in items)
-        path = write_file(directory / f"task_{number}.jsonl", lines)
+        path = write_whole(directory / f"task_{number}.jsonl", lines)
         benchmarks.append(Benchmark(f"task_{number}", str(path), ("text",)))
     return benchmarks
 

@@ -9,7 +9,8 @@ import numpy as np
 from herd_jax.errors import UserError
 from herd_jax.evaluation.fp8.prompts import PROMPTS
 from herd_jax.evaluation.fp8.quality import QUANTILES, Answers, Measured, Score, compare, likelihood_under, measure, worst_pairs
-from herd_jax.evaluation.results import check_output, output_directory, write_file, write_results
+from herd_jax.evaluation.results import check_output, output_directory, write_results
+from herd_jax.files import write_whole
 from herd_jax.interop.load import open_source
 from herd_jax.mesh import MeshConfig
 from herd_jax.model import load
@@ -103,4 +104,4 @@ def _write_answers(directory: Path, prompts: list[str], answers: Answers, plain:
         of = lambda measured: {"answer": measured.answers[i], "score": float(measured.scores[i])}
         found = {"prompt": prompts[i // answers.samples], "plain": {"answer": answer, "score": float(plain.scores[i])}}
         lines.append(json.dumps(found | {name: of(variant) for name, variant in variants.items()}, ensure_ascii=False) + "\n")
-    return write_file(directory / "fp8-answers.jsonl", "".join(lines))
+    return write_whole(directory / "fp8-answers.jsonl", "".join(lines))

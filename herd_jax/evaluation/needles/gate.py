@@ -44,7 +44,7 @@ class StageGate:
     def __call__(self, stages: Sequence[RunConfig], number: int, short_loss_before: float | None) -> Verdict:
         first, stage = stages[0], stages[number - 1]
         steps = build_steps(dataclasses.replace(stage, pipeline=PipelineConfig()), make_mesh(stage.mesh))
-        params = load_params(open_source(stage.workdir), steps.layout, steps.model.declared, jnp.float32)
+        params = load_params(open_source(stage.directory), steps.layout, steps.model.declared, jnp.float32)
         streams = open_streams(first.data, "validation")
         tokenizer = load_data_tokenizer(first.data, streams)
         validation = Validation(dataclasses.replace(stage, data=first.data), steps, streams, tokenizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.results import OF_SEVERAL, read_results
+from herd_jax.files import user_path
 from herd_jax.reliability.workdir import DECISIONS, METRICS
 
 VALIDATION = ("val_loss", "val_bits_per_byte")
@@ -48,7 +49,7 @@ def collect(directories: Sequence[str | Path]) -> EvaluationReport:
         shared = [(found, records.pop(command, None)) for found, command in zip((report.comparisons, report.contamination), OF_SEVERAL)]
         for found, record in shared:
             found += [record] if record else []
-        model = _model(Path(directory), records)
+        model = _model(user_path(directory), records)
         if not model.is_empty:
             report.models.append(model)
         elif not any(record for _, record in shared):
@@ -60,7 +61,7 @@ def _model(directory: Path, records: dict[str, dict]) -> ModelRecords:
     paths = sorted({record["model"] for record in records.values()}) or [str(directory)]
     if len(paths) > 1:
         raise UserError(f"{directory} holds results of several models ({', '.join(paths)}): evaluate each with another --output")
-    workdir = Path(paths[0])
+    workdir = user_path(paths[0])
     stages = sorted(workdir.glob("stages/*/"), key=_stage_number)
     validation = {"": _validation(workdir)} | {stage.name: _validation(stage) for stage in stages}
     validation = {stage: rows for stage, rows in validation.items() if rows}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from herd_jax.evaluation.report.data import EvaluationReport, collect
 from herd_jax.evaluation.report.page import benchmark_rows, page
-from herd_jax.evaluation.results import write_file
+from herd_jax.files import write_whole
 
 
 def report(directories: Sequence[str], output: str | None = None) -> str:
@@ -19,8 +19,8 @@ def report(directories: Sequence[str], output: str | None = None) -> str:
     found = collect(directories)
     target = Path(output) if output else Path(directories[0]) if len(directories) == 1 else Path("evaluation") / "report"
     files = [
-        write_file(target / "report.html", page(found)),
-        write_file(target / "report.json", json.dumps(to_dict(found), indent=1, ensure_ascii=False) + "\n"),
+        write_whole(target / "report.html", page(found)),
+        write_whole(target / "report.json", json.dumps(to_dict(found), indent=1, ensure_ascii=False) + "\n"),
     ]
     return "\n".join(f"written: {file}" for file in files)
 

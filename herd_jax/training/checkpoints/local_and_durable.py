@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from herd_jax.errors import FailedAlone, UserError
+from herd_jax.files import user_path
 from herd_jax.training.checkpoints import orbax_storage
 from herd_jax.training.checkpoints.checkpoint import CheckpointConfig, Checkpointer, Restored, SaveFailed, newest_record, restore_newest
 
@@ -134,7 +135,7 @@ def delete_local(directory: Path, config: CheckpointConfig) -> None:
 
 def _local_directory(directory: Path, config: CheckpointConfig) -> Path:
     """This process's own; of another run we never see one."""
-    return Path(config.local_directory) / f"{_run_id(directory)}-{jax.process_index()}"
+    return user_path(config.local_directory) / f"{_run_id(directory)}-{jax.process_index()}"
 
 
 def _report(failed: SaveFailed) -> None:

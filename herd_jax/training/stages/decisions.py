@@ -7,13 +7,13 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax
 
 from herd_jax.config import to_dict
 from herd_jax.errors import UserError
+from herd_jax.files import write_whole
 from herd_jax.reliability.workdir import DECISIONS
 from herd_jax.training.config import RunConfig
 
@@ -68,12 +68,4 @@ class Decisions:
         return self._lines[-1]
 
     def _write(self) -> None:
-        new = self._path.with_name(f"{DECISIONS}.new")
-        try:
-            with new.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self._lines)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self._path)
-        except OSError as error:
-            raise UserError(f"cannot write {self._path} ({error.strerror}): mend that and give the same command again") from error
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self._lines), sync=True)

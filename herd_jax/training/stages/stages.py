@@ -74,7 +74,7 @@ def train_stages(config: RunConfig, gate: Gate, initial: Initial | None = None) 
 
     Raises as `train`, and UserError where a stage has not passed the gate within the rounds that it may train on.
     """
-    workdir = Path(config.workdir)
+    workdir = config.directory
     if not config.train.stages:
         if (workdir / STAGES).exists():
             raise UserError(f"{workdir} holds a run with stages and train.stages is empty: give them again, or another workdir")
@@ -163,7 +163,7 @@ def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConf
         )
     return dataclasses.replace(
         config,
-        workdir=str(Path(config.workdir) / STAGES / stage_name(number, stage.seq_len)),
+        workdir=str(config.directory / STAGES / stage_name(number, stage.seq_len)),
         seed=config.seed if number == 1 else int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),  # other batches
         init_from=config.init_from if number == 1 else "",
         model=dataclasses.replace(config.model, **chosen(stage, "rope_theta"), **chosen(stage, "rope_scaling")),
@@ -201,7 +201,7 @@ def _of_stage(number: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _watched_evaluation(stage: RunConfig) -> Iterator[None]:
     """What is done inside, after the last step of the stage, is an evaluation in its timeline, and must not hang."""
-    workdir = Path(stage.workdir)
+    workdir = stage.directory
     timeline = Timeline(workdir, time.time(), begins=False)
     timeline.rename("evaluation")
     timeline.begin(stage.train.num_steps)
@@ -234,7 +234,7 @@ def _to_step(stage: RunConfig, num_steps: int) -> RunConfig:
 
 
 def _checkpoints(stage: RunConfig) -> Path:
-    return Path(stage.workdir) / CHECKPOINTS
+    return stage.directory / CHECKPOINTS
 
 
 def _has_begun(stage: RunConfig) -> bool:

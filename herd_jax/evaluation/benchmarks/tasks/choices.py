@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from herd_jax.evaluation.benchmarks.multiple_choice import LETTERS, PACKAGED, Item, load_items, prompt
+from herd_jax.files import user_path
 
 # Tasks whose base models are asked for the text of the choice: how the question is put. All others choose among letters (section 5.1; its
 # published settings: "choose by NLL over option letters").
@@ -13,7 +14,7 @@ ANSWER_TOKENS = 10  # that an instruct model may write
 
 
 def is_known(task: str, data_dir: str | Path | None) -> bool:
-    return task in PACKAGED or (data_dir is not None and Path(data_dir, f"{task}.jsonl").expanduser().is_file())
+    return task in PACKAGED or (data_dir is not None and (user_path(data_dir) / f"{task}.jsonl").is_file())
 
 
 def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
