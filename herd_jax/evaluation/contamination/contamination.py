@@ -21,14 +21,9 @@ SHARES = ("0.2", "0.5", "0.8", "1")  # of the table
 
 
 def contamination(
-    tasks: Sequence[str],
-    streams: Sequence[str],
-    scores: Sequence[str] = (),
-    data: str | None = None,
-    output: str | None = None,
-    index: str | None = None,
-    workers: int = 0,
-) -> str:
+    tasks: Sequence[str], streams: Sequence[str], scores: Sequence[str] = (), data: str | None = None, output: str | None = None, *,
+    index: str | None = None, workers: int = 0,
+) -> str:  # fmt: skip
     """Writes `contamination.json` and the coverage of each item, `coverage/TASK.jsonl`, into `output`; returns the table to print.
 
     `tasks` are those of `run`, or names for which `data` holds `NAME.jsonl` with a "text" or "prompt" (and perhaps an "id") of each item.
