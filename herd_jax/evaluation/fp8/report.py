@@ -10,7 +10,7 @@ from herd_jax.errors import UserError
 from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.fp8.prompts import PROMPTS
 from herd_jax.evaluation.fp8.quality import QUANTILES, Answers, Measured, Score, compare, likelihood_under, measure, worst_pairs
-from herd_jax.files import write_whole
+from herd_jax.files import user_path, write_whole
 from herd_jax.interop.load import open_source
 from herd_jax.model import load
 from herd_jax.page.figure import figure_file
@@ -58,7 +58,7 @@ def evaluate_fp8(
 def read_lines(file: str) -> list[str]:
     """The lines of a text file that are not blank."""
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in user_path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as text: give a file with one prompt or text a line") from error
     if not lines:
