@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ def check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}): give an --output that can be") from error
+
+
+def short_names(directories: Sequence[str | Path]) -> list[str]:
+    """Returns a name for each directory: its last part, or all of it where that of another is the same."""
+    names = [user_path(directory).resolve().name for directory in directories]
+    return [name if names.count(name) == 1 else str(directory) for name, directory in zip(names, directories, strict=True)]
 
 
 def item_id(*texts: str) -> str:

@@ -14,6 +14,7 @@ from herd_jax.evaluation.results import (
     item_tasks,
     read_items,
     read_results,
+    short_names,
     write_items,
     write_results,
 )
@@ -58,6 +59,11 @@ def test_half_interval():
     """Hand-worked: of 100 items 50 right, the standard error is 0.05."""
     assert half_interval(0.5, 100) == pytest.approx(0.098)
     assert half_interval(1.0, 7) == 0.0
+
+
+def test_directories_are_named_by_their_last_parts_where_these_differ():
+    assert short_names(["a/one/", "b/two"]) == ["one", "two"]
+    assert short_names(["a/one", "b/one", "two"]) == ["a/one", "b/one", "two"]
 
 
 def test_a_directory_that_can_be_written_is_made_and_empty(tmp_path):
