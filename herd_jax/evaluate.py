@@ -29,8 +29,8 @@ def _run(commands) -> None:
         from herd_jax.evaluation.benchmarks import harness
 
         return harness.run(
-            args.model, _mesh(args), args.dtype, args.tasks, args.data, args.limit, args.batch_size, args.chat, args.preset, args.output
-        )  # fmt: skip
+            _evaluation(args), args.tasks, args.data, args.limit, batch_size=args.batch_size, chats=args.chat, preset=args.preset
+        )
 
     command = commands.add_parser("run", help="tasks through lm-evaluation-harness, with 95 % intervals; started again, it continues")
     _add_model(command)
@@ -51,7 +51,7 @@ def _contamination(commands) -> None:
         _require("contamination", "datatrove", "curate")
         from herd_jax.evaluation.contamination.contamination import contamination
 
-        return contamination(args.tasks, args.streams, args.scores, args.data, args.output, args.index, args.workers)
+        return contamination(args.tasks, args.streams, args.scores, args.data, args.output, index=args.index, workers=args.workers)
 
     command = commands.add_parser("contamination", help="how much of each item the training streams hold, and what models gain by it")
     command.add_argument("--tasks", required=True, nargs="+", metavar="TASK")
@@ -95,8 +95,8 @@ def _needle(commands) -> None:
         from herd_jax.evaluation.needles.report import evaluate_needle
 
         return evaluate_needle(
-            args.model, _mesh(args), args.dtype, args.lengths, args.depths, args.samples, args.haystack, args.template, args.chat,
-            args.multi, args.seed, args.output,
+            _evaluation(args), args.lengths, args.depths, args.haystack, args.multi,
+            num_samples=args.samples, template=args.template, in_dialog=args.chat, seed=args.seed,
         )  # fmt: skip
 
     command = commands.add_parser("needle", help="facts hidden in long texts: which are found, by length and depth")
@@ -116,8 +116,10 @@ def _needle(commands) -> None:
 def _dataset_value(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         from herd_jax.evaluation.dataset_value import dataset_value
+        from herd_jax.evaluation.evaluation import Evaluation
 
-        return dataset_value(args.run_directory, args.candidate, args.share, args.tokens, args.held_out, _mesh(args, dp=0), args.output)
+        run = Evaluation(args.run_directory, args.output, _mesh(args, dp=0))
+        return dataset_value(run, args.candidate, args.share, args.tokens, args.held_out)
 
     command = commands.add_parser("dataset-value", help="what a small data set is worth: a half-trained run annealed with it and without")
     command.add_argument("--run", required=True, dest="run_directory", metavar="WORKDIR", help="of a run of herd_jax.train")
@@ -135,7 +137,7 @@ def _robustness(commands) -> None:
         _require("robustness", "matplotlib", "plot")
         from herd_jax.evaluation.robustness.robustness import evaluate_robustness
 
-        return evaluate_robustness(args.model, _mesh(args), args.dtype, args.tasks, args.data, args.limit, args.seed, args.output)
+        return evaluate_robustness(_evaluation(args), args.tasks, args.data, args.limit, args.seed)
 
     command = commands.add_parser("robustness", help="whether answers to multiple choice change with labels, order, examples and prompt")
     _add_model(command)
@@ -153,7 +155,7 @@ def _fp8(commands) -> None:
         from herd_jax.evaluation.fp8.report import evaluate_fp8
 
         answers = Answers(args.max_new_tokens, args.temperature, args.samples, args.seed, args.chat)
-        return evaluate_fp8(args.model, _mesh(args), args.dtype, args.reward, args.prompts, args.texts, answers, args.output)
+        return evaluate_fp8(_evaluation(args), answers, reward=args.reward, prompts_file=args.prompts, texts_file=args.texts)
 
     command = commands.add_parser("fp8", help="whether FP8 corrupts answers: scores of a model's and of its FP8 variants' to the same prompts")
     _add_model(command)
@@ -183,6 +185,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_mesh(command: argparse.ArgumentParser, default: str) -> None:
     for axis in ("tp", "cp", "pp", "dp"):
         command.add_argument(f"--{axis}", type=int, metavar="N", help=f"of the mesh; default: {default}")
+
+
+def _evaluation(args: argparse.Namespace):
+    """Opens what `_add_model` asks for."""
+    from herd_jax.evaluation.evaluation import Evaluation
+
+    return Evaluation(args.model, args.output, _mesh(args), args.dtype)
 
 
 def _mesh(args: argparse.Namespace, dp: int = 1):

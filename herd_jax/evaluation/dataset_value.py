@@ -19,10 +19,10 @@ from scipy.special import stdtrit
 from herd_jax.data.batches import validation_batches
 from herd_jax.data.rows import MixPhase, load_data_tokenizer, open_streams, validation_rows
 from herd_jax.errors import UserError
-from herd_jax.evaluation.results import output_directory, write_results
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.files import user_path, whole_directory
 from herd_jax.interop.load import load_params, open_source
-from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
+from herd_jax.mesh import make_mesh, request_cpu_devices
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.reliability.workdir import CHECKPOINTS
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
@@ -35,22 +35,24 @@ COMMAND = "dataset-value"
 TOTAL = "default mix"
 
 
-def dataset_value(run: str | Path, candidate: str, share: float = 0.3, num_tokens: int | None = None, held_out: Sequence[str] = (),
-                  mesh: MeshConfig | None = None, output: str | Path | None = None) -> str:  # fmt: skip
-    """Trains both anneals, writes `OUTPUT/dataset-value.json` and returns its table.
+def dataset_value(
+    evaluation: Evaluation, candidate: str, share: float = 0.3, num_tokens: int | None = None, held_out: Sequence[str] = ()
+) -> str:
+    """Trains both anneals, writes `dataset-value.json` and returns its table. What is evaluated is the workdir of a run, on the run's mesh
+    where the evaluation has none.
 
-    They begin with the checkpoint of the workdir `run` that is nearest to half of its steps, optimizer and all, go on for `num_tokens`
-    (default: a tenth of those that it has seen; the paper's 8B: 40B) while the rate falls linearly to 0, and are measured on the held-out
-    rows of the run's sources, of the candidate and of `held_out`: directories made by herd_jax.tokenize. Where interrupted, the same
-    command goes on. Raises UserError for a run without a checkpoint to begin with, and as training does.
+    They begin with the checkpoint that is nearest to half of the run's steps, optimizer and all, go on for `num_tokens` (default: a tenth of
+    those that it has seen; the paper's 8B: 40B) while the rate falls linearly to 0, and are measured on the held-out rows of the run's
+    sources, of the candidate and of `held_out`: directories made by herd_jax.tokenize. Where interrupted, the same command goes on. Raises
+    UserError for a run without a checkpoint to begin with, and as training does.
     """
     if not 0 < share < 1:
         raise UserError(f"--share is {share}: it must lie between 0 and 1, without both")
+    mesh = evaluation.mesh
     if mesh:
         with contextlib.suppress(RuntimeError):  # jax has started, on devices that the mesh then fits or is refused for
             request_cpu_devices(mesh)
-    run, directory = user_path(run), output_directory(output, run)
-    checkpoint, config = _half_trained(run)
+    checkpoint, config = _half_trained(user_path(evaluation.path))
     if mesh:
         config = dataclasses.replace(config, mesh=mesh, pipeline=PipelineConfig())
     step, fraction = int(checkpoint.name), int(checkpoint.name) / config.train.num_steps
@@ -59,7 +61,7 @@ def dataset_value(run: str | Path, candidate: str, share: float = 0.3, num_token
     _check_readable(arms["candidate"], sources)  # before hours of training
     places = {}
     for name, arm in arms.items():
-        places[name] = directory / COMMAND / name
+        places[name] = evaluation.directory / COMMAND / name
         _begin(places[name], checkpoint)
         train(dataclasses.replace(arm, workdir=str(places[name])))
     losses = held_out_losses([checkpoint, *places.values()], arms["candidate"], sources)
@@ -73,7 +75,7 @@ def dataset_value(run: str | Path, candidate: str, share: float = 0.3, num_token
     settings |= {"checkpoint_step": step, "fraction_of_run": fraction, "data": arms["candidate"].data.mixtures[-1]}
     (stream,) = open_streams(dataclasses.replace(config.data, sources={candidate: 1.0}, phases=()), "train")
     epochs = share * trained / stream.num_tokens
-    path = write_results(directory, COMMAND, run, settings, {"bits_per_byte": table, "candidate_epochs": epochs})
+    path = evaluation.write(COMMAND, settings, {"bits_per_byte": table, "candidate_epochs": epochs})
     return _report(candidate, settings, epochs, table, path)
 
 

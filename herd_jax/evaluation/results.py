@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,6 @@ OF_SEVERAL = ("compare", "contamination")  # commands whose results are of sever
 _KEYS = {"command", "model", "version", "settings", "results"}
 
 
-def output_directory(output: str | Path | None, model: str | Path) -> Path:
-    """What `--output` says, else `evaluation/<last part of the model's path>`."""
-    return user_path(output) if output else Path("evaluation") / user_path(model).resolve().name
-
-
 def check_writable(directory: Path) -> None:
     """Makes the directory where there is none: called before hours of computing. Raises UserError where no file can be written into it."""
     try:
@@ -38,13 +33,10 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"{directory} cannot be written ({error.strerror}): give an --output that can be") from error
 
 
-def check_output(directory: Path, model: str | Path) -> None:
-    """As `check_writable`, for results of one model: raises UserError, too, where the directory holds those of another, whose items would
-    be taken for this one's."""
-    check_writable(directory)
-    for record in read_results(directory).values():
-        if record["command"] not in OF_SEVERAL and user_path(record["model"]).resolve() != user_path(model).resolve():
-            raise UserError(f"{directory} holds results of another model, {record['model']}: give another --output")
+def short_names(directories: Sequence[str | Path]) -> list[str]:
+    """Returns a name for each directory: its last part, or all of it where that of another is the same."""
+    names = [user_path(directory).resolve().name for directory in directories]
+    return [name if names.count(name) == 1 else str(directory) for name, directory in zip(names, directories, strict=True)]
 
 
 def item_id(*texts: str) -> str:

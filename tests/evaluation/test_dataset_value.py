@@ -15,6 +15,7 @@ from herd_jax.data.rows import MixPhase, load_data_tokenizer, open_streams, vali
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
 from herd_jax.evaluation.dataset_value import SourceLoss, _annealed, _half_trained, dataset_value, half_interval, held_out_losses
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.results import read_results
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.mesh import MeshConfig, make_mesh
@@ -52,8 +53,8 @@ def base(tmp_path_factory):
     return base
 
 
-def value(base, output, **options):
-    return dataset_value(base / "run", str(base / "candidate"), output=output, **options)
+def value(base, output, run="run", candidate="candidate", mesh=None, **options):
+    return dataset_value(Evaluation(base / run, output, mesh), str(base / candidate), **options)
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +166,9 @@ def test_what_is_refused(base, tmp_path):
     with pytest.raises(UserError, match="--tokens is 0"):
         value(base, tmp_path, num_tokens=0)
     with pytest.raises(UserError, match="none has no readable checkpoint: --run is the workdir"):
-        dataset_value(base / "none", str(base / "candidate"), output=tmp_path)
+        value(base, tmp_path, run="none")
     with pytest.raises(UserError, match="data source .*missing does not exist: make it with"):
-        dataset_value(base / "run", str(base / "missing"), output=tmp_path)
+        value(base, tmp_path, candidate="missing")
     with pytest.raises(UserError, match="data source .*missing does not exist"):
         value(base, tmp_path, held_out=[str(base / "missing")])
     assert not list(tmp_path.iterdir())

@@ -2,21 +2,19 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.results import (
-    check_output,
     check_writable,
     half_interval,
     item_id,
     item_tasks,
-    output_directory,
     read_items,
     read_results,
+    short_names,
     write_items,
     write_results,
 )
@@ -63,23 +61,14 @@ def test_half_interval():
     assert half_interval(1.0, 7) == 0.0
 
 
-def test_output_directory(tmp_path):
-    assert str(output_directory(None, tmp_path / "runs" / "small/")) == "evaluation/small"
-    assert output_directory(tmp_path, "model") == tmp_path
+def test_directories_are_named_by_their_last_parts_where_these_differ():
+    assert short_names(["a/one/", "b/two"]) == ["one", "two"]
+    assert short_names(["a/one", "b/one", "two"]) == ["a/one", "b/one", "two"]
 
 
 def test_a_directory_that_can_be_written_is_made_and_empty(tmp_path):
     check_writable(tmp_path / "new" / "one")
     assert not list((tmp_path / "new" / "one").iterdir())
-
-
-def test_a_directory_is_one_model_s(tmp_path):
-    """However its path is written; what is of several models may lie there too."""
-    write_results(tmp_path, "run", "models/a/", {}, {})
-    write_results(tmp_path, "compare", "a and b", {}, {})
-    check_output(tmp_path, Path("models/a").resolve())
-    with pytest.raises(UserError, match="holds results of another model, models/a/: give another --output"):
-        check_output(tmp_path, "models/b")
 
 
 def test_bad_input(tmp_path):

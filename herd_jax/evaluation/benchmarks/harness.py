@@ -22,26 +22,18 @@ from herd_jax.errors import UserError  # noqa: E402
 from herd_jax.evaluation.benchmarks.harness_model import HarnessModel  # noqa: E402
 from herd_jax.evaluation.benchmarks.local_tasks import NAMES, PRESETS, local_task  # noqa: E402
 from herd_jax.evaluation.benchmarks.task_data import check_directory  # noqa: E402
-from herd_jax.evaluation.results import (  # noqa: E402
-    check_output,
-    check_writable,
-    half_interval,
-    item_id,
-    output_directory,
-    write_items,
-    write_results,
-)
-from herd_jax.mesh import MeshConfig  # noqa: E402
-from herd_jax.model import Model, load  # noqa: E402
+from herd_jax.evaluation.evaluation import Evaluation  # noqa: E402
+from herd_jax.evaluation.results import check_writable, half_interval, item_id  # noqa: E402
+from herd_jax.model import Model  # noqa: E402
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant
 
 
 def run(
-    path: str, mesh: MeshConfig | None, dtype: str | None, tasks: Sequence[str], data: str | None = None, limit: int | None = None,
-    batch_size: int = 16, chats: bool = False, preset: str | None = None, output: str | None = None,
+    evaluation: Evaluation, tasks: Sequence[str], data: str | None = None, limit: int | None = None, *,
+    batch_size: int = 16, chats: bool = False, preset: str | None = None,
 ) -> str:  # fmt: skip
-    """Evaluates the model at `path`; writes `run.json`, the items and the cache of answers into `output`, and returns the table to print.
+    """Evaluates the model on `tasks`; writes `run.json`, the items and the cache of answers, and returns the table to print.
 
     `limit`: items of each task, the first ones. `chats`: prompts in the chat format. `preset`: of the tasks' settings, "instruct" (the
     model writes its answer) or "base" (the likeliest choice); by default as `chats` says. A run that was ended continues from its cache.
@@ -53,14 +45,14 @@ def run(
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}: it must be 1 or more")
     found = find_tasks(tasks, preset, data)
-    model, directory = load(path, mesh, dtype), output_directory(output, path)
-    check_output(directory, path)
-    results = evaluate(model, found, directory / "cache", limit, batch_size, chats)
+    model = evaluation.model
+    evaluation.check_directory()
+    results = evaluate(model, found, evaluation.directory / "cache", limit, batch_size, chats)
     for task, samples in results["samples"].items():
-        write_items(directory, task, map(_item, _first_filter(samples)))
+        evaluation.write_items(task, map(_item, _first_filter(samples)))
     summary = {task: _summary(task, results) for task in results["results"]}
     settings = {"tasks": list(tasks), "data": data, "limit": limit, "chat": chats, "preset": preset, "dtype": str(model.dtype.__name__)}
-    written = write_results(directory, "run", path, settings, summary)
+    written = evaluation.write("run", settings, summary)
     return f"{make_table(results)}\n{_intervals(summary)}\nwritten: {written}"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.comparison.statistics import holm, paired
-from herd_jax.evaluation.results import item_tasks, read_items, write_results
+from herd_jax.evaluation.results import item_tasks, read_items, short_names, write_results
 from herd_jax.files import user_path
 
 SIGNIFICANT = 0.05
@@ -19,8 +19,7 @@ def compare(first: str, second: str, output: str | None = None) -> str:
     A task whose items have several metrics (acc and acc_norm, say) has a line, and a test, for each: "TASK METRIC".
     Raises UserError where they have no task in common, where the items of one differ, and for items without a score.
     """
-    names = [user_path(directory).resolve().name for directory in (first, second)]
-    names = names if names[0] != names[1] else [first, second]
+    names = short_names((first, second))
     tasks, other = item_tasks(first), item_tasks(second)
     common = sorted({*tasks} & {*other})
     if not common:

@@ -9,26 +9,20 @@ from herd_jax.errors import UserError
 from herd_jax.evaluation.benchmarks.multiple_choice import load_items
 from herd_jax.evaluation.benchmarks.task_data import read_records, read_texts
 from herd_jax.evaluation.benchmarks.tasks import asdiv, humaneval
-from herd_jax.evaluation.contamination.gain import estimate
+from herd_jax.evaluation.contamination.gain import SHARES, estimate
 from herd_jax.evaluation.contamination.scan import scan
-from herd_jax.evaluation.results import check_writable, item_id, read_items, write_results
+from herd_jax.evaluation.results import check_writable, item_id, read_items, short_names, write_results
 from herd_jax.files import user_path, write_whole
 
 OUTPUT = "evaluation/contamination"
 TEXT_FIELDS = ("text", "prompt")  # of items that are no multiple choice
 WRITTEN = {"asdiv": asdiv.config, "humaneval": humaneval.config}
-SHARES = ("0.2", "0.5", "0.8", "1")  # of the table
 
 
 def contamination(
-    tasks: Sequence[str],
-    streams: Sequence[str],
-    scores: Sequence[str] = (),
-    data: str | None = None,
-    output: str | None = None,
-    index: str | None = None,
-    workers: int = 0,
-) -> str:
+    tasks: Sequence[str], streams: Sequence[str], scores: Sequence[str] = (), data: str | None = None, output: str | None = None, *,
+    index: str | None = None, workers: int = 0,
+) -> str:  # fmt: skip
     """Writes `contamination.json` and the coverage of each item, `coverage/TASK.jsonl`, into `output`; returns the table to print.
 
     `tasks` are those of `run`, or names for which `data` holds `NAME.jsonl` with a "text" or "prompt" (and perhaps an "id") of each item.
@@ -41,7 +35,7 @@ def contamination(
         raise UserError(f"--workers is {workers}: it must be 1 or more, or 0 for one a core")
     directory = user_path(output or OUTPUT)
     texts = {task: item_texts(task, data) for task in tasks}
-    models = _model_names(scores)
+    models = dict(zip(short_names(scores), scores, strict=True))
     score = {task: {model: _scores(scored, task, texts[task]) for model, scored in models.items()} for task in tasks}
     check_writable(directory)
     found = scan({task: list(items.values()) for task, items in texts.items()}, streams, index or directory / "index", workers)
@@ -94,12 +88,6 @@ def table(results: dict, models: Sequence[str]) -> str:
 
 def _shown(gain: dict | None) -> str:
     return "-" if gain is None else f"{100 * gain['gain']:+.1f}{'*' if gain['is_significant'] else ' '}"
-
-
-def _model_names(directories: Sequence[str]) -> dict[str, str]:
-    """The directories by their last parts, or whole where two have the same."""
-    names = [user_path(directory).resolve().name for directory in directories]
-    return {name if names.count(name) == 1 else directory: directory for name, directory in zip(names, directories, strict=True)}
 
 
 def _scores(directory: str, task: str, texts: dict[str, str]) -> dict[str, float]:

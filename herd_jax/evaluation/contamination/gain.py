@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 THRESHOLDS = tuple(tenths / 10 for tenths in range(1, 11))  # that T_D is chosen from
+SHARES = ("0.2", "0.5", "0.8", "1")  # those that tables show
 SIGNIFICANT = 1.96  # standard deviations
 MIN_ITEMS = 10  # contaminated ones, and clean ones: with fewer there is no usable estimate
 

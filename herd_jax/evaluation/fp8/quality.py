@@ -12,6 +12,7 @@ from herd_jax.errors import UserError
 from herd_jax.inference.scoring.continuations import ContinuationScorer
 from herd_jax.interop.quantize import QuantizedSource
 from herd_jax.interop.source import Source
+from herd_jax.mesh import MeshConfig
 from herd_jax.model import Model, load_source
 from herd_jax.models.fp8 import Fp8Config
 from herd_jax.text import chat
@@ -85,8 +86,10 @@ def likelihood_under(model: Model, chats: bool) -> Score:
     return score
 
 
-def measure(source: Source, prompts: Sequence[str], texts: Sequence[str], answers: Answers, score: Score | None = None, mesh=None,
-            dtype: str | None = None) -> Iterator[tuple[str, Measured]]:  # fmt: skip
+def measure(
+    source: Source, prompts: Sequence[str], texts: Sequence[str], answers: Answers, score: Score | None = None, *,
+    mesh: MeshConfig | None = None, dtype: str | None = None,
+) -> Iterator[tuple[str, Measured]]:  # fmt: skip
     """("plain", the model at `source` as it is), then each of VARIANTS by name. Memory holds the plain model and one variant.
 
     `score`: that of `likelihood_under` the plain model where there is none. Raises UserError for a model that is quantized already, and

@@ -7,32 +7,35 @@ from pathlib import Path
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.fp8.prompts import PROMPTS
 from herd_jax.evaluation.fp8.quality import QUANTILES, Answers, Measured, Score, compare, likelihood_under, measure, worst_pairs
-from herd_jax.evaluation.results import check_output, output_directory, write_results
-from herd_jax.files import write_whole
+from herd_jax.files import user_path, write_whole
 from herd_jax.interop.load import open_source
-from herd_jax.mesh import MeshConfig
 from herd_jax.model import load
 from herd_jax.page.figure import figure_file
 
 NUM_WORST = 5
 
 
-def evaluate_fp8(path: str, mesh: MeshConfig | None, dtype: str | None, reward: str | None, prompts_file: str | None, texts_file: str | None,
-                 answers: Answers, output: str | None, score: Score | None = None) -> str:  # fmt: skip
-    """What the command prints; see `measure`. Writes `fp8.json`, `fp8-answers.jsonl` and `fp8.png` into `output`.
+def evaluate_fp8(
+    evaluation: Evaluation, answers: Answers, *, reward: str | None = None, prompts_file: str | None = None, texts_file: str | None = None,
+    score: Score | None = None,
+) -> str:  # fmt: skip
+    """Measures the model and its variants as `measure` says; writes `fp8.json`, `fp8-answers.jsonl` and `fp8.png`, and returns the tables to
+    print.
 
     Answers are scored by `score`, else by their likelihood under the model at `reward`, else under the plain model. Prompts default to
     `PROMPTS`, texts to these. Raises UserError as `load` and `measure`, and for files without a line.
     """
-    source, directory = open_source(path), output_directory(output, path)
+    source = open_source(evaluation.path)
     prompts = read_lines(prompts_file) if prompts_file else list(PROMPTS)
     texts = read_lines(texts_file) if texts_file else prompts
-    check_output(directory, path)
+    evaluation.check_directory()
+    mesh, dtype = evaluation.mesh, evaluation.dtype
     if score is None and reward is not None:
         score = likelihood_under(load(reward, mesh, dtype), answers.chats)
-    found = dict(measure(source, prompts, texts, answers, score, mesh, dtype))
+    found = dict(measure(source, prompts, texts, answers, score, mesh=mesh, dtype=dtype))
     plain = found.pop("plain")
     numbers = {name: compare(plain, variant) for name, variant in found.items()}
     results = {
@@ -43,8 +46,8 @@ def evaluate_fp8(path: str, mesh: MeshConfig | None, dtype: str | None, reward: 
         "reward": reward, "prompts": prompts_file, "texts": texts_file, "dtype": dtype, "max_new_tokens": answers.max_new_tokens,
         "temperature": answers.temperature, "samples": answers.samples, "seed": answers.seed, "chat": answers.chats,
     }  # fmt: skip
-    written = [write_results(directory, "fp8", path, settings, results), _write_answers(directory, prompts, answers, plain, found)]
-    picture = directory / "fp8.png"
+    written = [evaluation.write("fp8", settings, results), _write_answers(evaluation.directory, prompts, answers, plain, found)]
+    picture = evaluation.directory / "fp8.png"
     with figure_file(picture, 3.2 * len(found), 3.2) as figure:
         draw(figure.subplots(1, len(found), sharex=True, sharey=True), plain, found, numbers)
     pairs = [prompts[i // answers.samples] for i in worst_pairs(plain, found["fp8"], NUM_WORST)]
@@ -55,7 +58,7 @@ def evaluate_fp8(path: str, mesh: MeshConfig | None, dtype: str | None, reward: 
 def read_lines(file: str) -> list[str]:
     """The lines of a text file that are not blank."""
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in user_path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as text: give a file with one prompt or text a line") from error
     if not lines:

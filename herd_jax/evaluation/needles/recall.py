@@ -38,7 +38,7 @@ class NeedleResult:
 
 
 def needle_recall(
-    model: Model, lengths: Sequence[int], depths: Sequence[float], num_samples: int, haystack: np.ndarray, seed: int = 0,
+    model: Model, lengths: Sequence[int], depths: Sequence[float], num_samples: int, haystack: np.ndarray, *, seed: int = 0,
     template: str = "sentence", in_dialog: bool = False,
 ) -> NeedleResult:  # fmt: skip
     """The share of `num_samples` needles found at each length (tokens of prompt and answer together) and depth (in [0, 1]).
@@ -65,8 +65,9 @@ def needle_recall(
 
 
 def multi_needle_recall(
-    model: Model, lengths: Sequence[int], num_samples: int, haystack: np.ndarray, seed: int = 0, template: str = "sentence", in_dialog: bool = False
-) -> NeedleResult:
+    model: Model, lengths: Sequence[int], num_samples: int, haystack: np.ndarray, *, seed: int = 0,
+    template: str = "sentence", in_dialog: bool = False,
+) -> NeedleResult:  # fmt: skip
     """The paper's test (section 5.2.7): 4 needles at random depths, a question for 2 of them, no examples, at most 256 new tokens; the mean share
     of asked values in the answer at each length (tokens of prompt and answer together).
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.needles.haystack import read_haystack
 from herd_jax.evaluation.needles.recall import (
     NeedleResult,
@@ -13,44 +14,41 @@ from herd_jax.evaluation.needles.recall import (
     multi_needle_recall,
     needle_recall,
 )
-from herd_jax.evaluation.results import (
-    check_output,
-    half_interval,
-    output_directory,
-    write_items,
-    write_results,
-)
-from herd_jax.mesh import MeshConfig
-from herd_jax.model import Model, load
+from herd_jax.evaluation.results import half_interval
+from herd_jax.model import Model
 from herd_jax.page.figure import figure_file
 
 DEPTHS = tuple(tenth / 10 for tenth in range(11))
 
 
 def evaluate_needle(
-    path: str, mesh: MeshConfig | None, dtype: str | None, lengths: Sequence[int], depths: Sequence[float], num_samples: int, files: Sequence[str],
-    template: str, in_dialog: bool, multi: bool, seed: int, output: str | None,
+    evaluation: Evaluation, lengths: Sequence[int], depths: Sequence[float], files: Sequence[str], multi: bool, *,
+    num_samples: int, template: str, in_dialog: bool, seed: int,
 ) -> str:  # fmt: skip
-    """What the command prints; see `needle_recall` and `multi_needle_recall`. Writes `needle.json` or `multi-needle.json`, the items and a
-    PNG into `output`. Raises UserError as they do, for depths of the multi-needle test, and for a model whose outputs are not finite."""
+    """Runs `needle_recall`, or `multi_needle_recall` where `multi`, in the text of `files`; returns what the command prints.
+
+    Writes `needle.json` or `multi-needle.json`, the items and a PNG. Raises UserError as they do, for depths of the multi-needle test, and
+    for a model whose outputs are not finite.
+    """
     if multi and depths:
         raise UserError("--multi hides its needles at random depths: leave --depths out")
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be 0 or more")
-    model, directory = load(path, mesh, dtype), output_directory(output, path)
+    model = evaluation.model
     check_finite(model)
     haystack = read_haystack(files, model.text_tokenizer())
     name = "multi-needle" if multi else "needle"
     lengths = tuple(lengths) or (multi_lengths(model.context_length) if multi else default_lengths(model))
-    check_output(directory, path)
+    evaluation.check_directory()
+    asked = {"template": template, "in_dialog": in_dialog, "seed": seed}
     if multi:
-        result = multi_needle_recall(model, lengths, num_samples, haystack, seed, template, in_dialog)
+        result = multi_needle_recall(model, lengths, num_samples, haystack, **asked)
     else:
-        result = needle_recall(model, lengths, tuple(depths) or DEPTHS, num_samples, haystack, seed, template, in_dialog)
-    settings = {"num_samples": num_samples, "haystack": list(files) or "Python's manual", "template": template, "in_dialog": in_dialog, "seed": seed}
-    write_items(directory, name, result.items)
-    json_file = write_results(directory, name, path, settings, numbers(result))
-    picture = directory / f"{name}.png"
+        result = needle_recall(model, lengths, tuple(depths) or DEPTHS, num_samples, haystack, **asked)
+    settings = {"num_samples": num_samples, "haystack": list(files) or "Python's manual", **asked}
+    evaluation.write_items(name, result.items)
+    json_file = evaluation.write(name, settings, numbers(result))
+    picture = evaluation.directory / f"{name}.png"
     with figure_file(picture, 1.5 + 0.7 * len(lengths), 4) as figure:
         draw(figure.add_subplot(), result)
     return f"{table(result)}\nwritten: {json_file}, {picture}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from herd_jax.errors import UserError
-from herd_jax.evaluation.results import OF_SEVERAL, read_results
+from herd_jax.evaluation.results import OF_SEVERAL, read_results, short_names
 from herd_jax.files import user_path
 from herd_jax.reliability.workdir import DECISIONS, METRICS
 
@@ -54,7 +54,9 @@ def collect(directories: Sequence[str | Path]) -> EvaluationReport:
             report.models.append(model)
         elif not any(record for _, record in shared):
             raise UserError(f"{directory} holds no results: give one that python -m herd_jax.evaluate wrote, or the workdir of a run")
-    return dataclasses.replace(report, models=_named_apart(report.models))
+    names = short_names([model.directory for model in report.models])
+    models = [dataclasses.replace(model, name=name) for model, name in zip(report.models, names, strict=True)]
+    return dataclasses.replace(report, models=models)
 
 
 def _model(directory: Path, records: dict[str, dict]) -> ModelRecords:
@@ -95,8 +97,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _stage_number(stage: Path) -> tuple[int, str]:
     number = stage.name.split("-")[0]
     return int(number) if number.isdecimal() else 0, stage.name
-
-
-def _named_apart(models: list[ModelRecords]) -> list[ModelRecords]:
-    names = [model.name for model in models]
-    return [dataclasses.replace(model, name=model.name if names.count(model.name) == 1 else model.directory) for model in models]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from herd_jax.evaluation.contamination.gain import SHARES
 from herd_jax.evaluation.report import plots
 from herd_jax.evaluation.report.data import EvaluationReport, ModelRecords
 from herd_jax.page import layout
@@ -164,7 +165,7 @@ def _contamination(record: dict[str, Any]) -> Html:
     models = list(record["settings"]["scores"])
     rows = []
     for task, found in record["results"].items():
-        covered = [f"{found['items_at'][share] / found['num_items']:.1%}" for share in ("0.2", "0.5", "0.8", "1")]
+        covered = [f"{found['items_at'][share] / found['num_items']:.1%}" for share in SHARES]
         has_threshold = found["threshold"] is not None
         threshold, share = (f"{found['threshold']:g}", f"{found['contaminated']:.1%}") if has_threshold else ("\u2013", "\u2013")
         gains = [_gain(found["gains"].get(model)) for model in models]

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from herd_jax.evaluation.report.data import EvaluationReport, collect
 from herd_jax.evaluation.report.page import benchmark_rows, page
-from herd_jax.files import write_whole
+from herd_jax.files import user_path, write_whole
 
 
 def report(directories: Sequence[str], output: str | None = None) -> str:
@@ -17,7 +16,7 @@ def report(directories: Sequence[str], output: str | None = None) -> str:
     Raises UserError where one of them is missing, damaged or empty.
     """
     found = collect(directories)
-    target = Path(output) if output else Path(directories[0]) if len(directories) == 1 else Path("evaluation") / "report"
+    target = user_path(output or (directories[0] if len(directories) == 1 else "evaluation/report"))
     files = [
         write_whole(target / "report.html", page(found)),
         write_whole(target / "report.json", json.dumps(to_dict(found), indent=1, ensure_ascii=False) + "\n"),

@@ -14,11 +14,11 @@ import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.benchmarks.multiple_choice import Item, load_items
-from herd_jax.evaluation.results import check_output, half_interval, output_directory, write_items, write_results
+from herd_jax.evaluation.evaluation import Evaluation
+from herd_jax.evaluation.results import half_interval
 from herd_jax.evaluation.robustness.variants import NUM_CHOICES, NUM_SHOTS, Variant, distance, draw_shots, letters, studies
 from herd_jax.inference.scoring.continuations import ContinuationScorer
-from herd_jax.mesh import MeshConfig
-from herd_jax.model import Model, load
+from herd_jax.model import Model
 from herd_jax.page.figure import figure_file
 
 # Prompts and, of each, the continuations -> of each prompt the log-likelihoods, in nats, of its continuations.
@@ -27,9 +27,8 @@ ORDER = "answer order"  # the study whose variants are told in groups
 
 
 def evaluate_robustness(
-    path: str, mesh: MeshConfig | None, dtype: str | None, tasks: Sequence[str], data: str | None, limit: int | None, seed: int,
-    output: str | None,
-) -> str:  # fmt: skip
+    evaluation: Evaluation, tasks: Sequence[str], data: str | None = None, limit: int | None = None, seed: int = 0
+) -> str:
     """Poses the first `limit` items (None: all) of each task in every variant of every study; returns the tables to print.
 
     Items that have not NUM_CHOICES choices are left out, and those that `seed` draws as examples. Writes `robustness.json`, a PNG a task
@@ -39,17 +38,17 @@ def evaluate_robustness(
         raise UserError(f"--limit is {limit}: it must be 1 or more, or left out to ask all items")
     fitting = {task: [item for item in load_items(task, data) if len(item.choices) == NUM_CHOICES] for task in tasks}
     drawn = {task: draw_shots(task, items, seed) for task, items in fitting.items()}  # refused before the model is read, not after
-    score, directory = label_scorer(load(path, mesh, dtype)), output_directory(output, path)
-    check_output(directory, path)
+    score = label_scorer(evaluation.model)
+    evaluation.check_directory()
     results, tables, pictures = {}, [], []
     for task, (shots, items) in drawn.items():
         found = measure(score, items[:limit], shots)
-        write_items(directory, f"{task} robustness", found.pop("items"))
+        evaluation.write_items(f"{task} robustness", found.pop("items"))
         results[task] = found
         tables.append(table(task, found))
-        pictures.append(directory / f"robustness-{quote(task, safe='')}.png")
+        pictures.append(evaluation.directory / f"robustness-{quote(task, safe='')}.png")
     settings = {"tasks": list(results), "data": data, "limit": limit, "seed": seed, "num_shots": NUM_SHOTS}
-    written = [write_results(directory, "robustness", path, settings, results), *pictures]
+    written = [evaluation.write("robustness", settings, results), *pictures]
     for picture, (task, found) in zip(pictures, results.items()):
         draw(picture, task, found)
     return "\n\n".join([*tables, f"written: {', '.join(map(str, written))}"])
@@ -106,7 +105,7 @@ def ask(score: Score, items: Sequence[Item], shots: dict[str, list[Item]], varia
 def compare(variants: Sequence[Variant], picks_VN: np.ndarray, answers_N: np.ndarray) -> dict:
     """Of one study: each variant's accuracy with its 95 % interval, the share of its items that flip (another choice than in the first
     variant) and how often each place is picked; then the spread over the variants, and the share of items that no variant flips."""
-    accuracy_V, flips_VN, (V, N) = (picks_VN == answers_N).mean(1), picks_VN != picks_VN[0], picks_VN.shape
+    accuracy_V, flips_VN, N = (picks_VN == answers_N).mean(1), picks_VN != picks_VN[0], len(answers_N)
     rows = []
     for variant, picks_N, accuracy, flips_N in zip(variants, picks_VN, accuracy_V, flips_VN):
         places = np.bincount(np.array(variant.order)[picks_N], minlength=NUM_CHOICES) / N

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from herd_jax.errors import UserError
 from herd_jax.evaluation.benchmarks import harness
 from herd_jax.evaluation.benchmarks.harness_model import HarnessModel
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.results import read_items, read_results
 from herd_jax.model import Model
 from herd_jax.models.llama import Llama
@@ -97,7 +98,7 @@ def test_generation_ends_at_strings_stop_tokens_and_length(model, oracle, monkey
 
 def test_a_run_writes_results_items_and_the_table(model, data, tmp_path):
     model.save(tmp_path / "model")
-    printed = harness.run(str(tmp_path / "model"), None, None, ["sums"], str(data), output=str(tmp_path / "out"))
+    printed = harness.run(Evaluation(str(tmp_path / "model"), tmp_path / "out"), ["sums"], str(data))
     record = read_results(tmp_path / "out")["run"]
     accuracy = record["results"]["sums"]["metrics"]["acc"]
     items = read_items(tmp_path / "out", "sums")
@@ -159,8 +160,8 @@ def test_dialogs_are_prompts_and_their_special_tokens_are_read(chatting, data, t
         (lambda model, data: harness.find_tasks(["sums", "sums"], "base", str(data)), "names sums twice"),
         (lambda model, data: harness.find_tasks(["ifeval"], "base", str(data)), "the data of task ifeval is missing"),
         (lambda model, data: harness.find_tasks(["sums"], "base", str(data / "nowhere")), "nowhere is not a directory"),
-        (lambda model, data: harness.run("x", None, None, ["sums"], str(data), limit=0), "--limit is 0"),
-        (lambda model, data: harness.run("x", None, None, ["sums"], str(data), preset="best"), "--preset is 'best'"),
+        (lambda model, data: harness.run(Evaluation("x"), ["sums"], str(data), limit=0), "--limit is 0"),
+        (lambda model, data: harness.run(Evaluation("x"), ["sums"], str(data), preset="best"), "--preset is 'best'"),
         (lambda model, data: harness.evaluate(model, [], data, chats=True), "no chat template"),
         (lambda model, data: HarnessModel(dataclasses.replace(model, tokenizer=None)), "no tokenizer"),
         (lambda model, data: HarnessModel(model, batch_size=0 - 1), "--batch-size is -1"),
@@ -224,7 +225,7 @@ def test_another_model_s_directory_is_refused(model, data, tmp_path):
     """Its items would be compared as this one's."""
     for name in ("one", "two"):
         model.save(tmp_path / name)
-    ask = lambda name, out: harness.run(str(tmp_path / name), None, None, ["sums"], str(data), limit=2, output=str(tmp_path / out))
+    ask = lambda name, out: harness.run(Evaluation(str(tmp_path / name), tmp_path / out), ["sums"], str(data), limit=2)
     ask("one", "out")
     ask("one", "out")
     with pytest.raises(UserError, match="out holds results of another model, .*one: give another --output"):
@@ -268,7 +269,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_first_answer(mod
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(harness, "simple_evaluate", lambda *_, **__: pytest.fail("it measures"))
     with pytest.raises(UserError, match="file cannot be written .File exists.: give an --output that can be"):
-        harness.run(str(tmp_path / "model"), None, None, ["sums"], str(data), output=str(tmp_path / "file"))
+        harness.run(Evaluation(str(tmp_path / "model"), tmp_path / "file"), ["sums"], str(data))
 
 
 def test_prompts_that_lose_their_beginning_are_counted(model, data, capsys):

@@ -190,7 +190,7 @@ def test_bad_input(stream, tmp_path):
         assert "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written .*: give an --output that can be"):
-        contamination(["task"], [str(web)], (), data, str(tmp_path / "file"), str(tmp_path / "index"), workers=1)
+        contamination(["task"], [str(web)], (), data, str(tmp_path / "file"), index=str(tmp_path / "index"), workers=1)
     assert not (tmp_path / "index").exists()
     with pytest.raises(UserError, match="--workers is -1"):
         contamination(["task"], [str(web)], (), data, workers=-1)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from herd_jax.errors import UserError
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.fp8.quality import VARIANTS, Answers, Measured, compare, likelihood_under, measure, prompt_ids, worst_pairs
 from herd_jax.evaluation.fp8.report import evaluate_fp8
 from herd_jax.interop.load import open_source
@@ -81,7 +82,7 @@ def test_the_score_is_the_mean_likelihood_of_the_answer(saved):
 def test_the_command_writes_numbers_answers_and_a_picture(saved, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    printed = evaluate_fp8(str(saved), None, None, None, str(tmp_path / "prompts.txt"), None, ANSWERS, str(tmp_path / "out"))
+    printed = evaluate_fp8(Evaluation(saved, tmp_path / "out"), ANSWERS, prompts_file=str(tmp_path / "prompts.txt"))
     assert "the answers that FP8 made worst:" in printed and "all layers, no bound" in printed
     answers = [json.loads(line) for line in (tmp_path / "out" / "fp8-answers.jsonl").read_text().splitlines()]
     assert len(answers) == 6 and set(answers[0]) == {"prompt", "plain", *VARIANTS}
@@ -105,4 +106,4 @@ def test_bad_scorers_and_files_are_one_sentence(saved, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     for file, message in (("empty.txt", "is empty"), ("absent.txt", "cannot be read as text")):
         with pytest.raises(UserError, match=message):
-            evaluate_fp8(str(saved), None, None, None, str(tmp_path / file), None, ANSWERS, str(tmp_path / "out2"))
+            evaluate_fp8(Evaluation(saved, tmp_path / "out2"), ANSWERS, prompts_file=str(tmp_path / file))

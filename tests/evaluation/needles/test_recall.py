@@ -14,6 +14,7 @@ import tiny
 from herd_jax import evaluate
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.errors import UserError
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.needles.haystack import (
     TEMPLATES,
     Needle,
@@ -180,13 +181,14 @@ def test_what_is_refused():
         (Reader(), ((), (0.5,), 1, HAYSTACK), "lengths"),
         (Reader(), ((400,), (0.5,), 0, HAYSTACK), "samples 0"),
         (Reader(), ((400,), (0.5,), 1, HAYSTACK[:0]), "haystack is empty"),
-        (Reader(), ((400,), (0.5,), 1, HAYSTACK, 0, "word"), "template 'word'"),
         (Reader(), ((400, 700, 400), (0.5,), 1, HAYSTACK), "lengths has 400 twice"),
         (Reader(), ((400,), (0.5, 0, 0.0), 1, HAYSTACK), "depths has 0 twice"),
         (Reader(tokenizer=None), ((400,), (0.5,), 1, HAYSTACK), "no tokenizer"),
     ]:
         with pytest.raises(UserError, match=message):
             needle_recall(reader, *arguments)
+    with pytest.raises(UserError, match="template 'word'"):
+        needle_recall(Reader(), (400,), (0.5,), 1, HAYSTACK, template="word")
 
 
 def test_haystacks(tmp_path):
@@ -232,7 +234,8 @@ def test_what_the_command_refuses_before_it_measures(models, tmp_path, monkeypat
     monkeypatch.setattr(Model, "continues_with", lambda *_: pytest.fail("it measures"))
 
     def ask(model="model", depths=(), multi=False, seed=0, output="out"):
-        evaluate_needle(str(tmp_path / model), None, None, (400,), depths, 1, (), "sentence", False, multi, seed, str(tmp_path / output))
+        evaluation = Evaluation(str(tmp_path / model), tmp_path / output)
+        evaluate_needle(evaluation, (400,), depths, (), multi, num_samples=1, template="sentence", in_dialog=False, seed=seed)
 
     for options, message in (
         ({"depths": (0.5,), "multi": True}, "--multi hides its needles at random depths: leave --depths out"),

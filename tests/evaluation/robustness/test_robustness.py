@@ -10,6 +10,7 @@ import tiny
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.benchmarks.multiple_choice import make_item
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.results import read_items, read_results
 from herd_jax.evaluation.robustness.robustness import evaluate_robustness, label_scorer, measure
 from herd_jax.evaluation.robustness.variants import NUM_SHOTS, Variant, answer_at, draw_shots, reorder, studies
@@ -140,8 +141,8 @@ def files(tmp_path_factory):
     return root, model
 
 
-def run(root, tasks=("données",), model="model", limit=None):
-    return evaluate_robustness(str(root / model), None, None, tasks, str(root), limit, 0, str(root / "out"))
+def run(root, tasks=("données",), limit=None, output="out"):
+    return evaluate_robustness(Evaluation(str(root / "model"), root / output), tasks, str(root), limit)
 
 
 def test_the_command_writes_numbers_items_and_a_picture(files):
@@ -172,7 +173,7 @@ def test_bad_input(files):
         run(root, limit=0)
     (root / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written .*: give an --output that can be"):
-        evaluate_robustness(str(root / "model"), None, None, ["données"], str(root), None, 0, str(root / "file"))
+        run(root, output="file")
     with pytest.raises(UserError, match="short has 0 items of 4 choices: give 6 or more"):
         run(root, ["données", "short"])
     with pytest.raises(UserError, match="has 68 tokens, and the model's context holds 64: draw other examples"):

