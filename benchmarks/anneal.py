@@ -21,6 +21,7 @@ from herd_jax.evaluation.dataset_value import held_out_losses
 from herd_jax.interop.average import average
 from herd_jax.training.config import RunConfig
 from herd_jax.training.loop import train
+from herd_jax.training.next_token import NEXT_TOKEN
 
 NUM_STEPS, ANNEAL_STEPS, NUM_CHECKPOINTS, NUM_AVERAGED = 1000, 200, 10, 5
 MODEL = {"name": "llama-tiny", "dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_dim": 352, "vocab_size": 259}
@@ -64,12 +65,12 @@ def main() -> None:
 
 def bits_per_byte(directory: Path, seed: int) -> dict[str, float]:
     run = config(directory, "begun", seed, NUM_STEPS - ANNEAL_STEPS)
-    train(run)
+    train(run, NEXT_TOKEN)
     models = {}
     for name, anneal_steps in (("un-annealed", 0), ("annealed", ANNEAL_STEPS)):
         forked = config(directory, name, seed, NUM_STEPS, anneal_steps)
         shutil.copytree(run.workdir, forked.workdir)
-        train(forked)
+        train(forked, NEXT_TOKEN)
         averaged = directory / f"{name}-{seed}-averaged"
         average([forked.workdir], averaged, last=NUM_AVERAGED)
         models |= {name: forked.workdir, f"{name}, last {NUM_AVERAGED} averaged": averaged}

@@ -26,6 +26,7 @@ from herd_jax.models.params import count
 from herd_jax.training.checkpoints.checkpoint import CheckpointConfig
 from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
 from herd_jax.training.config import RunConfig, TrainConfig, build_steps
+from herd_jax.training.next_token import NEXT_TOKEN
 
 
 def main():
@@ -49,7 +50,7 @@ def main():
 def measure(args, root: Path, local: Path):
     train = TrainConfig(global_batch_size=1, seq_len=args.seq_len)
     config = RunConfig("unused", DataConfig({"unused": 1.0}), model=ModelConfig(args.model, num_layers=args.layers), train=train)
-    steps = build_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    steps = build_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]), NEXT_TOKEN)
     state = steps.plan.init(0)
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     for directory in (root, local):

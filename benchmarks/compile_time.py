@@ -14,6 +14,7 @@ from herd_jax.data.rows import DataConfig
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import ModelConfig
 from herd_jax.training.config import RunConfig, TrainConfig, build_steps
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.step import BATCH_FIELDS
 
 
@@ -33,7 +34,7 @@ def main():
         for _ in range(args.repeats):
             jax.clear_caches()
             config = RunConfig("unused", DataConfig({"unused": 1.0}), model=ModelConfig("llama-5m", num_layers=num_layers), train=train)
-            steps = build_steps(config, mesh)
+            steps = build_steps(config, mesh, NEXT_TOKEN)
             state = jax.eval_shape(lambda: steps.plan.init(0))
             shape = (4, 2, 256)
             batch = {f: jax.ShapeDtypeStruct(shape, bool if f == "loss_mask" else np.int32) for f in BATCH_FIELDS}

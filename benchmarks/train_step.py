@@ -109,12 +109,13 @@ def ours(args):
     from herd_jax.models.config import ModelConfig
     from herd_jax.models.params import count
     from herd_jax.training.config import RunConfig, TrainConfig, build_steps
+    from herd_jax.training.next_token import NEXT_TOKEN
 
     train = TrainConfig(
         global_batch_size=args.batch, seq_len=args.seq_len, compute_dtype=args.dtype, attention=args.attention, remat=args.remat
     )
     config = RunConfig("unused", DataConfig({"unused": 1.0}), model=ModelConfig(args.model), train=train)
-    steps = build_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    steps = build_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]), NEXT_TOKEN)
     rng = np.random.default_rng(0)
     shape = (1, args.batch, args.seq_len)
     tokens = rng.integers(0, steps.model.config.vocab_size, shape).astype(np.int32)

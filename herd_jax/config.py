@@ -33,7 +33,7 @@ class _Mismatch(Exception):
 def read_command_line(cls: type[Config], argv: list[str]) -> Config:
     """Reads `--config FILE`, then overrides `--config.a.b=VALUE` or `--config.a.b VALUE`, into an instance of `cls`.
 
-    FILE is python with a function `get_config()` that returns a ConfigDict or a dict, which may leave keys to their defaults.
+    FILE is python with a function `get_config()` that returns a `cls`, or a ConfigDict or dict, which may leave keys to their defaults.
     `--help` prints every key and exits with 0. Raises UserError for a wrong file, key, value or argument.
     """
     file, overrides, arguments = None, [], list(argv)
@@ -90,9 +90,10 @@ def _read_file(file: Path) -> dict[str, Any]:
     get_config = runpy.run_path(str(file)).get("get_config")
     if not callable(get_config):
         raise UserError(f"the config file {file} has no function get_config(): define one that returns a ConfigDict")
-    mapping = _plain(get_config())
+    config = get_config()
+    mapping = to_dict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else _plain(config)
     if not isinstance(mapping, dict):
-        raise UserError(f"get_config() of {file} returned {type(mapping).__name__}: return a ConfigDict or a dict")
+        raise UserError(f"get_config() of {file} returned {type(mapping).__name__}: return a config, a ConfigDict or a dict")
     return mapping
 
 

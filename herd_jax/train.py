@@ -14,6 +14,7 @@ from herd_jax.machines.xla_flags import apply_flags
 from herd_jax.mesh import request_cpu_devices
 from herd_jax.reliability.preflight import preflight
 from herd_jax.training.config import RunConfig
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.stages.stages import devices_of, stage_configs, train_stages
 
 
@@ -28,9 +29,9 @@ def main(argv: list[str]) -> None:
                 preflight(mesh, config.directory)
         elif config.init_from:
             initial = InitialWeights.open(config.init_from)
-            train_stages(dataclasses.replace(config, model=initial.model_config), StageGate(), initial)
+            train_stages(dataclasses.replace(config, model=initial.model_config), NEXT_TOKEN, StageGate(), initial)
         else:
-            train_stages(config, StageGate())
+            train_stages(config, NEXT_TOKEN, StageGate())
 
 
 if __name__ == "__main__":

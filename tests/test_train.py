@@ -25,6 +25,7 @@ from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.text.tokenizer import load_tokenizer
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.config import RunConfig, build_steps
+from herd_jax.training.next_token import NEXT_TOKEN
 
 NUM_STEPS = 24
 CONFIG = """
@@ -101,7 +102,7 @@ def final_state(workdir):
     """(step, every leaf by name) of the newest checkpoint."""
     checkpointer = Checkpointer(workdir / "checkpoints", keep=3)
     config = parse(RunConfig, {**checkpointer.config(), "pipeline": {}})  # on one device
-    steps = build_steps(config, make_mesh(MeshConfig(dp=1), jax.devices()[:1]))
+    steps = build_steps(config, make_mesh(MeshConfig(dp=1), jax.devices()[:1]), NEXT_TOKEN)
     restored = checkpointer.restore(steps.plan.abstract_canonical())
     checkpointer.close()
     assert restored.position.items() >= {"step": restored.step, "tokens": config.train.ramp.tokens_before(restored.step)}.items()

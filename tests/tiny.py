@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.models.config import LlamaConfig
@@ -13,6 +14,7 @@ from herd_jax.models.params import Layout
 from herd_jax.models.rope import RopeScaling, frequencies
 from herd_jax.parallel.context import zigzag_order
 from herd_jax.parallel.schedule import PipelineConfig
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
 from herd_jax.training.state import State, StatePlan
 from herd_jax.training.step import Steps
@@ -23,12 +25,12 @@ NUM_ROWS, SEQ_LEN = 16, 32
 
 
 def make_steps(tp=1, cp=1, pp=1, dp=1, config=CONFIG, attention="dense", remat="none", dtype=jnp.float32, gather="step",
-               pipeline=PipelineConfig(), **optimizer) -> Steps:
+               pipeline=PipelineConfig(), task=NEXT_TOKEN, **optimizer) -> Steps:
     mesh = make_mesh(MeshConfig(tp, cp, pp, dp), jax.devices()[: tp * cp * pp * dp])
     model, layout = Llama.make(config, attention, remat), Layout.make(mesh, config.num_layers, pipeline.num_chunks)
     optimizer = OptimizerConfig(**{"warmup_steps": 0, "peak_learning_rate": 1e-2, **optimizer})
     plan = StatePlan(model.declared, make_optimizer(optimizer, model.declared), layout)
-    return Steps(model, layout, plan, optimizer, dtype, gather, pipeline)
+    return Steps(task, model, layout, plan, optimizer, dtype, gather, pipeline)
 
 
 def make_rows(seed=0, num_rows=NUM_ROWS, seq_len=SEQ_LEN, vocab_size=CONFIG.vocab_size, max_documents=3) -> dict[str, np.ndarray]:
@@ -52,8 +54,9 @@ def to_batch(steps: Steps, rows: dict[str, np.ndarray], num_micro_batches: int) 
     """Rows as a batch on the mesh of `steps`."""
     seq_len = rows["tokens"].shape[1]
     order = zigzag_order(seq_len, steps.layout.mesh.shape["cp"])
-    cut = {field: array[:, order].reshape(num_micro_batches, -1, seq_len) for field, array in rows.items()}
-    return {field: jax.device_put(array, steps.batch_sharding) for field, array in cut.items()}
+    in_order = lambda array: array[:, order] if array.ndim > 1 else array
+    cut = {field: in_order(array).reshape(num_micro_batches, -1, *array.shape[1:]) for field, array in rows.items()}
+    return {field: jax.device_put(array, NamedSharding(steps.layout.mesh, steps.task.fields[field])) for field, array in cut.items()}
 
 
 def loss_and_gradient(steps: Steps, rows, num_micro_batches: int, seed: int = 0):
@@ -78,6 +81,9 @@ def plain_logits(params, rows, config: LlamaConfig = CONFIG, feed_forward=plain_
     c, layers = config, params["layers"]
     segment, index = rows["segment_ids"], np.arange(rows["tokens"].shape[1])
     mask = (segment[:, :, None] == segment[:, None, :]) & (index[:, None] >= index)
+    if "branch_ids" in rows:
+        branch = rows["branch_ids"]
+        mask &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     angle = rows["positions"][..., None, None] * frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     norm = lambda x, w: x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + c.norm_eps) * w
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from herd_jax.data.mixture import Mixture
 from herd_jax.data.ramp import Phase, Ramp
@@ -16,6 +16,8 @@ from herd_jax.data.streams import TokenStream
 from herd_jax.parallel.context import zigzag_order
 
 NUM_THREADS, NUM_PREFETCHED = 2, 4
+TOKENS = PartitionSpec(None, "dp", "cp")  # of a field with a value a token: [num_micro_batches, B of all dp ranks, S], in zigzag order
+ROWS = PartitionSpec(None, "dp")  # of a field with a value a row: [num_micro_batches, B of all dp ranks]
 
 
 class TrainingBatches:
@@ -52,21 +54,22 @@ def validation_batches(rows: Sequence, phase: Phase, sharding: NamedSharding) ->
 
 
 class HostBatch:
-    """This process's rows of one batch, by field and by first row within a micro-batch, in zigzag order."""
+    """This process's rows of one batch, by field and by first row within a micro-batch, tokens in zigzag order."""
 
     def __init__(self, shape: tuple[int, int, int], blocks: dict[int, dict[str, np.ndarray]]):
-        self.shape, self.blocks = shape, blocks  # first row -> field -> [M, rows of the block, S]
+        self.shape, self.blocks = shape, blocks  # first row -> field -> [M, rows of the block, S], or without S
 
     def to_devices(self, sharding: NamedSharding) -> dict[str, jax.Array]:
-        """Arrays [M, B of all dp ranks, S] on the mesh."""
+        """Arrays [M, B of all dp ranks, S], or [M, B of all dp ranks] of what a row has one of, on the mesh of `sharding`."""
 
-        def make(field):
+        def make(field, dims):
             def part(index):
-                return self.blocks[index[1].start or 0][field][:, :, index[2]]
+                return self.blocks[index[1].start or 0][field][:, :, *index[2:]]
 
-            return jax.make_array_from_callback(self.shape, sharding, part)
+            spec = TOKENS if dims == 3 else ROWS
+            return jax.make_array_from_callback(self.shape[:dims], NamedSharding(sharding.mesh, spec), part)
 
-        return {field: make(field) for field in next(iter(self.blocks.values()))}
+        return {field: make(field, array.ndim) for field, array in next(iter(self.blocks.values())).items()}
 
 
 def read_batch(rows, first_row: int, phase: Phase, sharding: NamedSharding) -> HostBatch:
@@ -79,7 +82,8 @@ def read_batch(rows, first_row: int, phase: Phase, sharding: NamedSharding) -> H
 
     def block(start, stop):
         read = [[rows[first_row + m * batch + i] for i in range(start, stop)] for m in range(num_micro_batches)]
-        return {field: np.stack([np.stack([row[field][order] for row in group]) for group in read]) for field in read[0][0]}
+        in_order = lambda value: value[order] if np.ndim(value) else value
+        return {field: np.stack([np.stack([in_order(row[field]) for row in group]) for group in read]) for field in read[0][0]}
 
     return HostBatch(shape, {start: block(start, stop) for start, stop in sorted(spans)})
 

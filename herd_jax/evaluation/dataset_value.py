@@ -28,6 +28,7 @@ from herd_jax.reliability.workdir import CHECKPOINTS
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.loop import train
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.resume import parse_saved
 from herd_jax.training.validation import HeldOutLoss, source_names
 
@@ -63,7 +64,7 @@ def dataset_value(
     for name, arm in arms.items():
         places[name] = evaluation.directory / COMMAND / name
         _begin(places[name], checkpoint)
-        train(dataclasses.replace(arm, workdir=str(places[name])))
+        train(dataclasses.replace(arm, workdir=str(places[name])), NEXT_TOKEN)
     losses = held_out_losses([checkpoint, *places.values()], arms["candidate"], sources)
     defaults = [name for name, path in zip(source_names(sources), sources) if path in arms["default"].data.paths]
     for found in losses:
@@ -94,7 +95,7 @@ def held_out_losses(models: Sequence[str | Path], config: RunConfig, sources: Se
     """Of each model, in whatever format, on the held-out rows of each source that has any: `eval.num_batches` batches of it, as `config`
     trains."""
     data = dataclasses.replace(config.data, sources=dict.fromkeys(sources, 1.0), phases=())
-    steps, streams = build_steps(config, make_mesh(config.mesh)), open_streams(data, "validation")
+    steps, streams = build_steps(config, make_mesh(config.mesh), NEXT_TOKEN), open_streams(data, "validation")
     tokenizer, sharding = load_data_tokenizer(data, streams), steps.batch_sharding
     num_bytes = np.array([tokenizer.num_bytes(token_id) for token_id in range(tokenizer.vocab_size)])
     trained, dp = config.train.ramp.phase_at(config.train.num_steps - 1), steps.layout.mesh.shape["dp"]

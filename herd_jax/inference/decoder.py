@@ -17,12 +17,10 @@ from jax.sharding import PartitionSpec
 from herd_jax.mesh import FSDP_AXES, on_mesh
 from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
-from herd_jax.models.fp8 import fp8_feed_forward
-from herd_jax.models.llama import Layer, Llama, look_up, project, rms_norm
+from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, map_declarations
-from herd_jax.models.rope import frequencies, rotate, rotations
 from herd_jax.parallel import collectives, tensor
-from herd_jax.parallel.pipeline import when
+from herd_jax.parallel.relay import relay
 
 CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, B, K, H, S] and values [PP, B, K, S, H], a pair a layer slot
 
@@ -51,9 +49,8 @@ class Decoder:
 
         def prepare(params):
             whole = self.layout.gather(params, self.model.declared, self.dtype)
-            embed, head = whole["ends"]["embed"]["table"], whole["ends"]["head"]
             layers = {name: [stack[slot : slot + 1] for slot in range(len(stack))] for name, stack in whole["layers"].items()}
-            return {"embed": embed, "norm": head["norm"], "output": embed.T if self.config.tie_embeddings else head["output"], "layers": layers}
+            return {"ends": whole["ends"], "layers": layers} | ({"output": whole["ends"]["embed"]["table"].T} if self.config.tie_embeddings else {})
 
         return self.jit(prepare, (stored,), self.weight_specs)
 
@@ -71,7 +68,7 @@ class Decoder:
 
             def attend(q_BTNH, k_BTKH, v_BTKH, slot):
                 grow = lambda a: jnp.pad(a, ((0, 0), (0, cache_size - T), (0, 0), (0, 0)))
-                o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start_BT, index_BT + 1, "blockwise", causal_rows=True)
+                o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, ((start_BT, index_BT + 1),), "blockwise", causal_rows=True)
                 return o_BTNH, for_cache(grow(k_BTKH), grow(v_BTKH))
 
             return self._forward(weights, ids_BT, rotation, attend)
@@ -110,68 +107,38 @@ class Decoder:
 
     def _forward(self, weights, ids_BT, rotation, attend):
         """Logits [B, V] of the last index, and what `attend(q, k, v, slot) -> (o, to keep)` keeps in each layer slot."""
-        x_BTD = self.embed(weights, ids_BT)
-        kept, num_stages = [None] * self.num_slots, len(self.layout.layers_per_stage)
-        for stage, num_layers in enumerate(self.layout.layers_per_stage):
-            mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
-            for slot in range(num_layers):
-                w = self.weights_of(weights, stage, slot)
 
-                def layer(x_BTD, w=w, slot=slot):
-                    return self.layer(w, x_BTD, rotation, functools.partial(attend, slot=slot))
+        def run(x_BTD, stage):
+            kept = []
+            for slot, places in enumerate(self.layout.slots_of_stage(self.model.declared["layers"], stage)):
+                layer = self.model.layer({name: weights["layers"][name][place][0] for name, place in places.items()})
+                x_BTD, new = layer(x_BTD, rotation, functools.partial(attend, slot=slot), tensor.WHOLE_SEQUENCE)
+                kept.append(new)
+            return x_BTD, kept + [jax.tree.map(jnp.zeros_like, kept[0])] * (self.num_slots - len(kept))
 
-                if num_stages == 1:
-                    x_BTD, kept[slot] = layer(x_BTD)
-                    continue
-                if kept[slot] is None:
-                    kept[slot] = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(layer, x_BTD)[1])
-                x_BTD, kept[slot] = when(mine, lambda carry, layer=layer: layer(carry[0]), (x_BTD, kept[slot]))  # the other ranks wait
-            if num_stages > 1:
-                x_BTD = collectives.all_reduce(jnp.where(mine == 1, x_BTD, 0), "pp")
-        return self.logits(weights, x_BTD[:, -1:])[:, 0], kept
+        x_BTD = self.model.embedding(weights["ends"])(ids_BT, tensor.WHOLE_SEQUENCE)
+        x_BTD, kept = relay(self.layout.layers_per_stage, run, x_BTD)
+        return self._logits(weights, x_BTD[:, -1:])[:, 0], kept
 
-    def embed(self, weights, ids_BT: jax.Array) -> jax.Array:
-        index_BT, mine_BT = tensor.vocabulary_slice(ids_BT, weights["embed"].shape[0])
-        return collectives.all_reduce(look_up(weights["embed"], index_BT, mine_BT), "tp")
-
-    def logits(self, weights, x_BTD: jax.Array) -> jax.Array:
+    def _logits(self, weights, x_BTD: jax.Array) -> jax.Array:
         """FP32 [B, T, V]."""
-        x_BTD = rms_norm(x_BTD, weights["norm"], self.config.norm_eps)
-        logits_BTV = jnp.dot(x_BTD, weights["output"], preferred_element_type=jnp.float32)
+        head, output_DV = self.model.head(weights["ends"])
+        hidden_BTD = head.hidden(x_BTD, tensor.WHOLE_SEQUENCE)
+        logits_BTV = jnp.dot(hidden_BTD, weights.get("output", output_DV), preferred_element_type=jnp.float32)
         return collectives.all_gather(logits_BTV, "tp", dim=2)[..., : self.config.vocab_size]
-
-    def weights_of(self, weights, stage: int, slot: int) -> dict[str, jax.Array]:
-        """What `layer` computes with, of the layer in a slot of a pipeline rank."""
-        places = self.layout.slots_of_stage(self.model.declared["layers"], stage)[slot]
-        return {name: weights["layers"][name][place][0] for name, place in places.items()}
-
-    def layer(self, w, x_BTD, rotation, attend):
-        """One layer; `attend(q, k, v) -> (o, to keep)`. Returns the activations and what was kept."""
-        sum_over_tp = lambda x: collectives.all_reduce(x.astype(jnp.float32), "tp").astype(self.dtype)
-        qkv = project(rms_norm(x_BTD, w["attention_norm"], self.config.norm_eps), w["qkv"])  # [B, T, K, G + 2, H]
-        qk, v_BTKH = rotate(qkv[..., :-1, :], *rotation), qkv[..., -1, :]
-        q_BTNH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1])
-        o_BTNH, kept = attend(q_BTNH, qk[..., -1, :], v_BTKH)
-        x_BTD = x_BTD + sum_over_tp(Layer.project_out(o_BTNH, w["out"]))
-        hidden_BTD = rms_norm(x_BTD, w["ffn_norm"], self.config.norm_eps)
-        if "gate_up" in w:
-            out_BTD = Layer.swiglu(project(hidden_BTD, w["gate_up"]), w["down"])
-        else:
-            quantized = w["gate_up_fp8"], w["gate_up_scales"], w["down_fp8"], w["down_scales"]
-            out_BTD = fp8_feed_forward(hidden_BTD, *quantized, self.config.fp8.activation_bound)
-        return x_BTD + sum_over_tp(out_BTD), kept
 
     def _rotation(self, index_T, padding_B):
         positions_BT = jnp.maximum(index_T[None] - padding_B[:, None], 0)
-        return rotations(positions_BT, frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
+        return self.model.rotation(positions_BT)
 
     @property
     def weight_specs(self):
         whole = lambda spec: PartitionSpec(*(None if axes == FSDP_AXES else axes for axes in spec))
         num_ranks = len(self.layout.layers_per_stage)
         slots = lambda d: [whole(self.layout.spec(d))] * (len(self.layout.slots(d)) // num_ranks)
+        ends = map_declarations(lambda d: whole(self.layout.spec(d)), self.model.declared["ends"])
         layers = map_declarations(slots, self.model.declared["layers"])
-        return {"embed": PartitionSpec("tp"), "norm": PartitionSpec(), "output": PartitionSpec(None, "tp"), "layers": layers}
+        return {"ends": ends, "layers": layers} | ({"output": PartitionSpec(None, "tp")} if self.config.tie_embeddings else {})
 
     @property
     def _cache_specs(self):

@@ -60,7 +60,7 @@ def load_params(source: Source, layout: Layout, declared: PyTree, dtype) -> PyTr
 
         def share(index: tuple[slice, ...]) -> np.ndarray:
             bounds = [range(size)[part] for part, size in zip(index, shape)]
-            if declaration.num_layers:
+            if declaration.layers:
                 return _read_layers(source, name, layout.slots(declaration)[index[0]], bounds[1:], declaration.shape, own)
             return _read_layers(source, name, [None], bounds, declaration.shape, own)[0]
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from herd_jax.errors import UserError
 from herd_jax.models.attention.attention import attention
-from herd_jax.models.llama import look_up, project, rms_norm
+from herd_jax.models.layers import look_up, project, rms_norm
 from herd_jax.models.params import bind, declarations, declare, normal, ones
 from herd_jax.models.rope import frequencies, rotate, rotations
 
@@ -78,7 +78,7 @@ class EncoderLayer(nnx.Module):
         eps = self.config.norm_eps
         qkv = project(rms_norm(x_BTD, self.attention_norm[...], eps), self.qkv[...])  # [B, T, N, 3, H]
         qk, v_BTNH = rotate(qkv[..., :2, :], cos_BTh, sin_BTh), qkv[..., 2, :]
-        o_BTNH = attention(qk[..., 0, :], qk[..., 1, :], v_BTNH, start_BT, end_BT, self.attention_implementation)
+        o_BTNH = attention(qk[..., 0, :], qk[..., 1, :], v_BTNH, ((start_BT, end_BT),), self.attention_implementation)
         x_BTD += o_BTNH.reshape(x_BTD.shape) @ self.out[...].reshape(-1, x_BTD.shape[-1])
         return x_BTD + jax.nn.gelu(project(rms_norm(x_BTD, self.ffn_norm[...], eps), self.up[...])) @ self.down[...]
 
@@ -94,7 +94,7 @@ class Encoder:
     @classmethod
     def make(cls, config: EncoderConfig, num_classes: int, attention_implementation: str = "dense") -> "Encoder":
         ends_graph, ends = declarations(Ends(config, num_classes))
-        layer_graph, layers = declarations(EncoderLayer(config, attention_implementation), config.num_layers)
+        layer_graph, layers = declarations(EncoderLayer(config, attention_implementation), range(config.num_layers))
         return cls(config, {"ends": ends_graph, "layer": layer_graph}, {"ends": ends, "layers": layers})
 
     def logits(self, params, tokens_BT: jax.Array, num_tokens_B: jax.Array) -> jax.Array:

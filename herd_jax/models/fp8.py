@@ -60,10 +60,21 @@ def _quantize(x_TD: jax.Array, bound: float, axis: str | None) -> tuple[jax.Arra
     return jnp.clip(x_TD * (LARGEST / maximum_T)[:, None], -LARGEST, LARGEST).astype(DTYPE), maximum_T / LARGEST
 
 
-def fp8_feed_forward(x_BTD, gate_up_2FD, gate_up_scales_2F, down_DF, down_scales_D, activation_bound: float | None) -> jax.Array:
-    """SwiGLU by one device's share of a layer's weights: [B, T, D] -> partial sums [B, T, D], to be summed over tp."""
-    F = gate_up_2FD.shape[1]
-    gate_up = gate_up_2FD.reshape(2 * F, -1), gate_up_scales_2F.reshape(2 * F)
-    gate_up_T2F = fp8_matmul(x_BTD.reshape(-1, x_BTD.shape[-1]), gate_up, activation_bound).reshape(-1, 2, F)
-    h_TF = jax.nn.silu(gate_up_T2F[:, 0]) * gate_up_T2F[:, 1]
-    return fp8_matmul(h_TF, (down_DF, down_scales_D), activation_bound, "tp").reshape(x_BTD.shape)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fp8Matrix:
+    """A quantized matrix, and how its product is computed: values e4m3 [..., D] and their scales FP32 [...], an output each.
+
+    `axis`: the mesh axis over which D is sharded, if any; the products of its devices are still to be summed.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    activation_bound: float | None = dataclasses.field(metadata={"static": True})
+    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def product(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, ...]"""
+        weight = self.values.reshape(-1, self.values.shape[-1]), self.scales.reshape(-1)
+        y_TF = fp8_matmul(x_BTD.reshape(-1, x_BTD.shape[-1]), weight, self.activation_bound, self.axis)
+        return y_TF.reshape(*x_BTD.shape[:2], *self.scales.shape)

@@ -36,8 +36,7 @@ class Declaration:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    num_layers: int = 0  # of which the parameter is stacked; 0: it is not one of the layers'
-    some_layers: tuple[int, ...] | None = None  # which these are, where it is not all of the model's
+    layers: tuple[int, ...] = ()  # of the model that have the parameter, in their order; empty: it is not one of the layers'
     dtype: np.dtype | None = None
 
     @property
@@ -46,14 +45,9 @@ class Declaration:
         return len(self.shape) > 1
 
     @property
-    def layers(self) -> Sequence[int]:
-        """The layers of the model that have the parameter, in their order."""
-        return range(self.num_layers) if self.some_layers is None else self.some_layers
-
-    @property
     def canonical_shape(self) -> tuple[int, ...]:
         """As a checkpoint has it: layers in model order, nothing padded."""
-        return (self.num_layers, *self.shape) if self.num_layers else self.shape
+        return (len(self.layers), *self.shape) if self.layers else self.shape
 
     @property
     def size(self) -> int:
@@ -75,11 +69,16 @@ def ones(key, shape):
     return jnp.ones(shape, jnp.float32)
 
 
-def declarations(module: nnx.Module, num_layers: int = 0) -> tuple[nnx.GraphDef, dict[str, Declaration]]:
-    """Graph definition and declarations of an abstract module, as a flat dict by parameter name."""
+def declarations(module: nnx.Module, layers: Sequence[int] = ()) -> tuple[nnx.GraphDef, dict[str, Declaration]]:
+    """Returns the graph definition and the declarations of an abstract module, which stands for each of `layers`, as a flat dict by name."""
     graph, state = nnx.split(module)
     found = {name: variable.get_metadata()["declaration"] for name, variable in state.items()}
-    return graph, {name: dataclasses.replace(declaration, num_layers=num_layers) for name, declaration in found.items()}
+    return graph, stacked(found, layers)
+
+
+def stacked(declared: dict[str, Declaration], layers: Sequence[int]) -> dict[str, Declaration]:
+    """Returns the declarations as those of `layers`."""
+    return {name: dataclasses.replace(declaration, layers=tuple(layers)) for name, declaration in declared.items()}
 
 
 def bind(graph: nnx.GraphDef, weights: dict[str, jax.Array]) -> nnx.Module:
@@ -116,22 +115,22 @@ class Layout:
     def layers_per_stage(self) -> tuple[int, ...]:
         return tuple(len(layers) for layers in self.stages)
 
-    @functools.cached_property
-    def layer_of_slot(self) -> np.ndarray:
-        """The model's layer in each slot of the stacked dim, rank by rank and there chunk by chunk; -1 in an empty slot."""
-        slots, num_ranks = max(1, *self.layers_per_stage), self.mesh.shape["pp"]
-        order = [chunk * num_ranks + rank for rank in range(num_ranks) for chunk in range(self.num_chunks)]
-        return np.concatenate([np.pad(self.stages[s], (0, slots - len(self.stages[s])), constant_values=-1) for s in order]).astype(np.int32)
-
     def slots(self, declaration: Declaration) -> np.ndarray:
-        """`layer_of_slot` of a parameter: a rank stores it of the layers that have it alone."""
-        if declaration.some_layers is None:
-            return self.layer_of_slot
-        some = tuple(tuple(layer for layer in stage if layer in declaration.some_layers) for stage in self.stages)
-        return dataclasses.replace(self, stages=some).layer_of_slot
+        """Returns the model's layer in each slot of a stacked parameter, rank by rank and there chunk by chunk; -1 in an empty slot.
+
+        A rank has slots for the layers that have the parameter alone, as many as the stage with the most of them.
+        """
+        return self._slots(declaration.layers)
+
+    @functools.cache
+    def _slots(self, layers: tuple[int, ...]) -> np.ndarray:
+        stages, num_ranks = [[layer for layer in stage if layer in layers] for stage in self.stages], self.mesh.shape["pp"]
+        num_slots = max(1, *map(len, stages))
+        order = [chunk * num_ranks + rank for rank in range(num_ranks) for chunk in range(self.num_chunks)]
+        return np.concatenate([np.pad(stages[s], (0, num_slots - len(stages[s])), constant_values=-1) for s in order]).astype(np.int32)
 
     def slots_of_stage(self, declared: dict[str, Declaration], stage: int) -> list[dict[str, int]]:
-        """Of each layer of a stage, where the parameters of `declared` that it has lie in a rank's slots of them."""
+        """Returns, for each layer of a stage, the slots of a rank in which the parameters of `declared` lie that the layer has."""
         assert self.num_chunks == 1
         layers = self.stages[stage]
         before = lambda d, at: sum(layer in d.layers for layer in layers[:at])
@@ -155,13 +154,16 @@ class Layout:
         """One device's shards -> weights whole over FSDP, in the compute dtype `dtype` where they have none of their own."""
         return map_declarations(lambda d, shard: data.gather_weights(shard, self.spec(d), d.dtype or dtype), declared, params)
 
-    @property
-    def is_model_order(self) -> bool:
-        """Whether slots hold the model's layers in order and none is empty."""
-        return bool((self.layer_of_slot == np.arange(len(self.layer_of_slot))).all())
+    def is_canonical(self, declaration: Declaration) -> bool:
+        """Whether the parameter is stored as a checkpoint has it."""
+        return self._in_order(declaration) and self.stored_shape(declaration) == declaration.canonical_shape
+
+    def _in_order(self, declaration: Declaration) -> bool:
+        """Whether the slots hold the layers in order and none is empty."""
+        return not declaration.layers or self.slots(declaration).tolist() == list(declaration.layers)
 
     def spec(self, declaration: Declaration) -> PartitionSpec:
-        axes = (("layers",) if declaration.num_layers else ()) + declaration.axes
+        axes = (("layers",) if declaration.layers else ()) + declaration.axes
         return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
 
     def sharding(self, declaration: Declaration) -> NamedSharding:
@@ -170,13 +172,13 @@ class Layout:
     def stored_shape(self, declaration: Declaration) -> tuple[int, ...]:
         tp = self.mesh.shape["tp"]
         shape = tuple(-(-n // tp) * tp if axis == "vocab" else n for n, axis in zip(declaration.shape, declaration.axes))
-        return (len(self.slots(declaration)), *shape) if declaration.num_layers else shape
+        return (len(self.slots(declaration)), *shape) if declaration.layers else shape
 
     def init(self, declaration: Declaration, key: jax.Array) -> jax.Array:
         """First value as stored; the same parameters on every mesh. Empty slots and padding are zero."""
         shape = declaration.shape
-        if declaration.num_layers:
-            layers = jnp.asarray(self.layer_of_slot)
+        if declaration.layers:
+            layers = jnp.asarray(self.slots(declaration))
             values = jax.vmap(lambda layer: declaration.init(jax.random.fold_in(key, layer), shape))(layers)
             values = jnp.where(layers.reshape(-1, *[1] * len(shape)) >= 0, values, 0)
         else:
@@ -185,16 +187,17 @@ class Layout:
 
     def to_canonical(self, declaration: Declaration, stored: jax.Array) -> jax.Array:
         """As stored -> as in a checkpoint."""
-        if declaration.num_layers:
-            slot_of_layer = np.argsort(self.layer_of_slot, kind="stable")[-declaration.num_layers :]
-            stored = stored if self.is_model_order else stored[slot_of_layer]
+        if not self._in_order(declaration):
+            slots = self.slots(declaration).tolist()
+            stored = stored[np.array([slots.index(layer) for layer in declaration.layers])]
         return stored[tuple(slice(n) for n in declaration.canonical_shape)]
 
     def from_canonical(self, declaration: Declaration, canonical: jax.Array) -> jax.Array:
         """As in a checkpoint -> as stored."""
-        if declaration.num_layers and not self.is_model_order:
-            layers = self.layer_of_slot
-            canonical = jnp.where(layers.reshape(-1, *[1] * len(declaration.shape)) >= 0, canonical[np.maximum(layers, 0)], 0)
+        if not self._in_order(declaration):
+            slots = self.slots(declaration)
+            places = np.array([declaration.layers.index(layer) if layer >= 0 else 0 for layer in slots.tolist()])
+            canonical = jnp.where(slots.reshape(-1, *[1] * len(declaration.shape)) >= 0, canonical[places], 0)
         return jnp.pad(canonical, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), canonical.shape)])
 
     def canonical_sharding(self, declaration: Declaration) -> NamedSharding:
@@ -203,7 +206,7 @@ class Layout:
         shape, spec, fsdp = declaration.canonical_shape, list(self.spec(declaration)), fsdp_size(self.mesh)
         sizes = {None: 1, "pp": self.mesh.shape["pp"], "tp": self.mesh.shape["tp"], FSDP_AXES: fsdp}
         for dim, axes in enumerate(spec):
-            if declaration.num_layers % sizes["pp"] and axes == FSDP_AXES and shape[dim] % (fsdp * sizes["pp"]) == 0:
+            if len(declaration.layers) % sizes["pp"] and axes == FSDP_AXES and shape[dim] % (fsdp * sizes["pp"]) == 0:
                 spec[dim] = (*FSDP_AXES, "pp")
             elif shape[dim] % sizes[axes]:
                 spec[dim] = None

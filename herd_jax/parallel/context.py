@@ -64,16 +64,42 @@ def _gather_keys_backward(dim, _, cotangent):
 gather_keys.defvjp(_gather_keys_forward, _gather_keys_backward)
 
 
-def visible_range(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The keys that each query sees, in row order: int32 `start` and `end` shaped as `segment_ids` [..., T].
+def sum_over_rows(values_BT: jax.Array) -> jax.Array:
+    """Returns the sums of whole rows, the same on every cp rank: [B, T] -> [B].
 
-    A query sees its own segment up to itself: start is the first index of the segment in the row, end its own index + 1.
-    A segment is a run of equal ids; they are gathered over cp once here, not per layer.
+    A loss that is made of them is each cp rank's own, so each counts 1 / cp of it. Then the transpose of the psum, which is a psum, makes
+    the shares of the cotangent one.
+    """
+    sums_B = values_BT.sum(-1)
+    return sums_B if collectives.axis_size("cp") == 1 else lax.psum(sums_B, "cp")
+
+
+def visible_ranges(segment_ids: jax.Array, branch_ids: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """The ranges of keys that each query sees, in row order: of each range int32 `start` and `end`, shaped as `segment_ids` [..., T].
+
+    A query sees its own segment up to itself: start is the first index of the segment in the row, end its own index + 1. A segment is a run
+    of equal ids; they are gathered over cp once here, not per layer.
+
+    With `branch_ids`, a segment is a trunk (branch 0) and then branches, runs of equal ids, that do not see each other: a query in a branch
+    sees the trunk and its own branch up to itself, in two ranges. Rows of the reward model are such: a prompt and its responses.
     """
     dim = segment_ids.ndim - 1
-    row = gather_row(segment_ids, dim)
-    index = lax.broadcasted_iota(jnp.int32, row.shape, dim)
-    begins = jnp.concatenate([jnp.zeros_like(row[..., :1], bool), row[..., 1:] != row[..., :-1]], axis=dim)
-    start_of = lax.cummax(jnp.where(begins, index, 0), axis=dim)
     mine = row_index(segment_ids.shape[-1])
-    return start_of[..., mine], jnp.broadcast_to(mine + 1, segment_ids.shape)
+    own_end = jnp.broadcast_to(mine + 1, segment_ids.shape)
+    index = lax.broadcasted_iota(jnp.int32, (*segment_ids.shape[:-1], segment_ids.shape[-1] * collectives.axis_size("cp")), dim)
+
+    def first_of_run(*ids):
+        rows = [gather_row(a, dim) for a in ids]
+        changes = functools.reduce(jnp.logical_or, (row[..., 1:] != row[..., :-1] for row in rows))
+        begins = jnp.concatenate([jnp.zeros_like(changes[..., :1]), changes], axis=dim)
+        return lax.cummax(jnp.where(begins, index, 0), axis=dim)
+
+    segment_start = first_of_run(segment_ids)[..., mine]
+    if branch_ids is None:
+        return ((segment_start, own_end),)
+    own_start = first_of_run(segment_ids, branch_ids)
+    # The trunk ends where the segment's first branch begins: the first start of a branch at or after the segment's own.
+    in_trunk = gather_row(branch_ids, dim) == 0
+    trunk_end = lax.cummax(jnp.where(in_trunk, index + 1, 0), axis=dim)[..., mine]
+    trunk_end = jnp.where(branch_ids == 0, segment_start, jnp.maximum(trunk_end, segment_start))  # the trunk itself is one range
+    return (own_start[..., mine], own_end), (segment_start, trunk_end)

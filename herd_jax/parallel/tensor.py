@@ -2,6 +2,9 @@
 the feed-forward dim or the vocabulary (Megatron-LM's scheme; section 3.3.2 of the paper).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,3 +26,18 @@ def vocabulary_slice(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Indices of token ids in this rank's `size` rows of the vocabulary, and whether they are among them (clipped where not)."""
     local = ids - lax.axis_index("tp") * size
     return jnp.clip(local, 0, size - 1), (local >= 0) & (local < size)
+
+
+class Between(NamedTuple):
+    """What tp ranks do between blocks: `gather` on the way into one, `reduce` of its partial sums on the way out."""
+
+    gather: Callable[[jax.Array], jax.Array]
+    reduce: Callable[[jax.Array], jax.Array]
+
+
+def _sum_in_fp32(x_BTD: jax.Array) -> jax.Array:
+    return collectives.all_reduce(x_BTD.astype(jnp.float32), "tp").astype(x_BTD.dtype)
+
+
+SPLIT_SEQUENCE = Between(gather_sequence, scatter_sequence)  # between blocks a rank holds T / tp tokens: training
+WHOLE_SEQUENCE = Between(lambda x_BTD: x_BTD, _sum_in_fp32)  # it holds all of them, however few: inference

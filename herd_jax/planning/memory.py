@@ -15,9 +15,9 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from herd_jax.mesh import AXES, FSDP_AXES
-from herd_jax.models.cross_entropy import CHUNK_TOKENS
 from herd_jax.models.llama import Llama
-from herd_jax.models.params import Layout, is_declaration
+from herd_jax.models.log_probabilities import CHUNK_TOKENS
+from herd_jax.models.params import Layout, is_declaration, stacked
 from herd_jax.parallel.split_backward import is_dear
 from herd_jax.parallel.stage import LayerVjp
 from herd_jax.planning.job import Job
@@ -39,7 +39,7 @@ def estimate(job: Job) -> dict[str, float]:
     declared = Llama.make(job.model).declared
     size = lambda tree, gathered: sum(_share(layout, d, gathered) for d in jax.tree.leaves(tree, is_leaf=is_declaration))
     sharded, whole, ends = size(declared, False), size(declared, True), size(declared["ends"], True)
-    one_layer = size(declared["layers"], True) / len(layout.layer_of_slot) * job.pp
+    one_layer = size(declared["layers"], True) / len(layout.slots(declared["layers"]["qkv"])) * job.pp
     operation = _operation(job.model, job.tp, job.cp, job.seq_len // job.cp, job.micro_batch_size, dtype, job.remat)
 
     table = job.table
@@ -85,13 +85,13 @@ def _operation(model, tp: int, cp: int, num_tokens: int, micro_batch_size: int, 
     mesh = AbstractMesh((tp, cp, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     llama = Llama.make(model, "blockwise", remat)
     layout, found = Layout.make(mesh, 1), {}
-    one_layer = jax.tree.map(lambda d: dataclasses.replace(d, num_layers=0), llama.declared["layers"], is_leaf=is_declaration)
+    one_layer = stacked(llama.declared["layers"], ())
     weights = jax.tree.map(lambda d: jax.ShapeDtypeStruct(layout.stored_shape(d), dtype), one_layer, is_leaf=is_declaration)
     specs = jax.tree.map(lambda d: PartitionSpec(*("tp" if axis == "tp" else None for axis in layout.spec(d))), one_layer, is_leaf=is_declaration)
 
     def probe(weights, tokens):
         fields = {"tokens": tokens, "targets": tokens, "loss_mask": tokens > 0, "segment_ids": tokens, "positions": tokens}
-        batch = llama.micro_batches(**fields)
+        batch = llama.micro_batches(fields)
         micro_batch = jax.tree.map(lambda a: a[0], batch)
         program = llama.program((1,), None)
         x_BTD = jnp.zeros((micro_batch_size, num_tokens // tp, model.dim), dtype)

@@ -1,6 +1,7 @@
 """What is said about a planned job: parameters, memory, speed, cost; and about a search."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from herd_jax.errors import UserError
@@ -9,6 +10,7 @@ from herd_jax.models.llama import Llama
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.planning import memory, throughput
 from herd_jax.planning.job import Job
+from herd_jax.planning.run import RunPhase
 from herd_jax.planning.search import Search, describe
 from herd_jax.planning.throughput import Throughput
 
@@ -93,6 +95,40 @@ class Plan:
             f"{self.budget:,} tokens take {speed.days(self.budget):,.1f} days"
             + ("" if energy is None else f" and {energy:,.0f} MWh (devices alone, at the limit of their power)"),
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """The phases of a run and what is predicted of each, for its own tokens."""
+
+    plans: tuple[Plan, ...]
+
+    @classmethod
+    def make(cls, phases: Sequence[RunPhase]) -> "RunPlan":
+        return cls(tuple(plan(phase.job, phase.tokens) for phase in phases))
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        return [plan.to_dict() for plan in self.plans]
+
+    def lines(self) -> list[str]:
+        """A table with a row a phase, and the whole."""
+        lines = [f"{'tokens':>10}{'tokens of':>10}{'tokens':>13}{'':>11}{'step':>10}{'':>7}{'':>9}", f"{'a row':>10}{'a step':>10}{'in all':>13}{'memory':>11}{'time':>10}{'MFU':>7}{'days':>9}"]
+        for plan in self.plans:
+            job, speed = plan.job, plan.throughput
+            fits = "" if plan.fits else "  does not fit"
+            lines.append(
+                f"{job.seq_len:>10,}{_millions(job.tokens_per_step):>10}{_millions(plan.budget):>13}{plan.memory['total'] / GB:>8.1f} GB"
+                f"{speed.step_time_s:>8.2f} s{speed.mfu:>7.1%}{speed.days(plan.budget):>9.1f}{fits}"
+            )
+        energies = [plan.throughput.energy_mwh(plan.budget) for plan in self.plans]
+        energy = "" if None in energies else f", {sum(energies):,.0f} MWh"
+        days = sum(plan.throughput.days(plan.budget) for plan in self.plans)
+        total = sum(plan.budget for plan in self.plans)
+        return [*lines, f"{total:,} tokens in {days:,.1f} days{energy}; failures are not counted (python -m herd_jax.plan goodput)", "", "the last phase:"]
+
+
+def _millions(tokens: int) -> str:
+    return f"{tokens / 1e6:,.1f}M" if tokens < 1e9 else f"{tokens / 1e9:,.1f}B"
 
 
 def plan(job: Job, budget: int) -> Plan:

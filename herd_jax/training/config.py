@@ -24,6 +24,7 @@ from herd_jax.training.spikes import ON_SPIKE
 from herd_jax.training.stages.config import GateConfig, StageConfig, check_order
 from herd_jax.training.state import StatePlan
 from herd_jax.training.step import Steps
+from herd_jax.training.task import Task
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -156,8 +157,8 @@ class RunConfig:
             )
 
 
-def build_steps(config: RunConfig, mesh: Mesh) -> Steps:
-    """The model, its state and steps on a mesh. Raises UserError for a combination that cannot work."""
+def build_steps(config: RunConfig, mesh: Mesh, task: Task) -> Steps:
+    """The model, its state and steps of a task on a mesh. Raises UserError for a combination that cannot work."""
     model_config = config.model.resolve()
     model_config.check_mesh(mesh)
     config.pipeline.check_ranks(mesh.shape["pp"])
@@ -172,7 +173,7 @@ def build_steps(config: RunConfig, mesh: Mesh) -> Steps:
     model = Llama.make(model_config, attention, config.train.remat)
     layout = Layout.make(mesh, model_config.num_layers, config.pipeline.num_chunks)
     plan = StatePlan(model.declared, make_optimizer(config.optimizer, model.declared), layout)
-    return Steps(model, layout, plan, config.optimizer, COMPUTE_DTYPES[dtype], config.train.gather, config.pipeline)
+    return Steps(task, model, layout, plan, config.optimizer, COMPUTE_DTYPES[dtype], config.train.gather, config.pipeline)
 
 
 def check_batches(ramp: Ramp, mesh: Mesh) -> None:

@@ -9,8 +9,6 @@ from typing import Protocol
 import jax
 
 from herd_jax.config import to_dict
-from herd_jax.data.batches import TrainingBatches
-from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
 from herd_jax.errors import StartAgain, UserError
 from herd_jax.machines.hardware import peak_flops
 from herd_jax.mesh import make_mesh
@@ -32,7 +30,7 @@ from herd_jax.training.resume import contradictions
 from herd_jax.training.spikes import Spikes
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
-from herd_jax.training.validation import Validation
+from herd_jax.training.task import Task, TaskData
 
 
 class Initial(Protocol):
@@ -45,24 +43,20 @@ class Initial(Protocol):
         """Raises UserError where the weights belong to another tokenizer."""
 
 
-def train(config: RunConfig, initial: Initial | None = None) -> None:
-    """Trains from the newest checkpoint in the workdir, or from `initial` weights, or from random ones, to `train.num_steps`.
+def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None:
+    """Trains `task` from the newest checkpoint in the workdir, or from `initial` weights, or from random ones, to `train.num_steps`.
 
     Raises UserError for anything in the config, the data, the checkpoints or the losses that the user has to mend, and for a Ctrl-C;
     StartAgain where a signal of the scheduler (SIGTERM, SIGUSR1) ended it. After both the run has saved and the same command continues it.
     """
     start = time.time()
     mesh = make_mesh(config.mesh)
-    steps = build_steps(config, mesh)
-    streams, held_out = open_streams(config.data, "train"), open_streams(config.data, "validation")
-    check_vocabulary(streams, steps.model.config.vocab_size)
-    ramp = config.train.ramp
-    batches = TrainingBatches(config.data, streams, ramp, config.seed, config.train.num_steps, steps.batch_sharding)
+    steps = build_steps(config, mesh, task)
+    data = task.open(config, steps)
     workdir = config.directory
-    tokenizer = load_data_tokenizer(config.data, streams)
-    tokenizer.save(workdir / TOKENIZER)
+    data.tokenizer.save(workdir / TOKENIZER)
     if initial:
-        initial.check_tokenizer(tokenizer)
+        initial.check_tokenizer(data.tokenizer)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals().noted())
         stack.enter_context(kept_compilations(workdir, config.train.compilation_cache))
@@ -76,12 +70,11 @@ def train(config: RunConfig, initial: Initial | None = None) -> None:
         writer = MetricsWriter(workdir, first_step)
         stack.callback(writer.close)
         console = stack.enter_context(Console(config.train.num_steps))
-        console.message(describe(config, steps, sum(stream.num_tokens for stream in streams), first_step))
+        console.message(describe(config, steps, data.num_tokens, first_step))
         spikes = Spikes(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
-        validation = Validation(config, steps, held_out, tokenizer)
         goodput = GoodputSoFar(workdir, timeline, first_step)
-        loop = _Loop(config, steps, checkpointer, writer, console, validation, timeline, signals, spikes, initial, goodput)
-        loop.train(state, first_step, batches)
+        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, goodput)
+        loop.train(state, first_step)
         timeline.enter("checkpoint stall")
         checkpointer.wait()
         timeline.enter("checkpoint stall")
@@ -135,21 +128,21 @@ class _UnderWay:
 class _Loop:
     config: RunConfig
     steps: Steps
+    data: TaskData
     checkpointer: TieredCheckpointer
     writer: MetricsWriter
     console: Console
-    validation: Validation
     timeline: Timeline
     signals: Signals
     spikes: Spikes
     initial: Initial | None
     goodput: GoodputSoFar
     num_skipped: int = 0  # since the last look
-    leave_out: dict[int, int] = dataclasses.field(default_factory=dict)  # after which step which batches: until that of the second step
+    leave_out: dict[int, int] = dataclasses.field(default_factory=dict)  # step -> the last step after it whose batch is left out
     last_done: float = 0.0  # when the devices finished a step (of time.perf_counter)
 
-    def train(self, state: State, first_step: int, batches: TrainingBatches) -> None:
-        config, ramp, num_steps, timeline = self.config, batches.ramp, self.config.train.num_steps, self.timeline
+    def train(self, state: State, first_step: int) -> None:
+        config, ramp, num_steps, timeline = self.config, self.data.ramp, self.config.train.num_steps, self.timeline
         if first_step >= num_steps:
             self.console.message(f"nothing to do: {first_step} steps are done and train.num_steps is {num_steps}")
             return
@@ -160,14 +153,14 @@ class _Loop:
         own_times = dict.fromkeys(OWN_TIMES, 0.0)  # of the step under way
         pending: list[dict] = []  # metrics of the steps since the last look at them, still on their way
         waited, since = 0.0, time.perf_counter()
-        iterator = batches.iterate(first_step)
+        iterator = self.data.iterate(first_step)
         step = saved = first_step  # saved: durably
         compiled: set[tuple] = set()  # shapes of batches
         under_way: _UnderWay | None = None  # the devices have a step while this process prepares the next
         while step < num_steps:
             if step in self.leave_out:
                 last_bad = self.leave_out.pop(step)
-                state, iterator = self.spikes.leave_out(state, step + 1, last_bad), batches.iterate(last_bad)
+                state, iterator = self.spikes.leave_out(state, step + 1, last_bad), self.data.iterate(last_bad)
                 step = last_bad
                 continue
             timeline.enter("input wait", step)
@@ -204,13 +197,13 @@ class _Loop:
                 wrong, bad_step, under_way = self.finish(under_way), step, None
             if wrong:
                 state, step = self.rewind(state, wrong, bad_step)
-                saved, under_way, iterator = step, None, batches.iterate(step)
+                saved, under_way, iterator = step, None, self.data.iterate(step)
                 pending, waited, since = [], 0.0, time.perf_counter()
             elif looks:
                 values = self.interval_metrics(pending, step, since, waited)
                 if evaluates:
                     timeline.enter("evaluation", step)
-                    values |= self.validation.metrics(state.params, ramp.phase_at(step - 1))
+                    values |= self.data.validate(state.params, ramp.phase_at(step - 1))
                 self.writer.write(step, values)
                 self.console.update(step, values)
                 for line in stragglers.report(values["step_time_s"]):
@@ -285,7 +278,7 @@ class _Loop:
         keys_seen = ramp.phase_at(step - 1).seq_len / 2  # causally over whole rows; documents may need less
         flops = rate * self.steps.model.config.flops_per_token(keys_seen) / self.steps.layout.mesh.size
         newest = pending[-1]
-        values = {name: float(newest[name]) for name in ("loss", "grad_norm", "learning_rate")}
+        values = {name: float(value) for name, value in newest.items() if name != "finite"}
         values |= {"tokens": tokens, "tokens_per_second": rate, "mfu": flops / self.peak if self.peak else None}
         values |= {"step_time_s": elapsed / len(pending), "input_wait_fraction": waited / elapsed, "goodput": self.goodput.fraction()}
         if self.num_skipped:

@@ -1,5 +1,5 @@
-"""AdamW with decay on matrices only; warmup, cosine to a floor, annealing to 0; clipping by the global norm over all mesh axes (facts:
-section E)."""
+"""AdamW with decay on matrices only; warmup, cosine to a floor, annealing to 0; clipping by the global norm over all mesh axes
+(section 3.4.1 of the paper)."""
 
 import dataclasses
 import math
@@ -55,22 +55,25 @@ class OptimizerConfig:
             )
 
 
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, constant from there; annealed."""
+def learning_rate(config: OptimizerConfig, np=jnp) -> optax.Schedule:
+    """Linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, constant from there; annealed.
+
+    `np` computes it: jax.numpy in a step, or numpy where a config is made, before jax may start.
+    """
 
     def rate(step):
-        step = jnp.asarray(step, jnp.float32)
+        step = np.asarray(step, np.float32 if np is jnp else np.float64)
         if config.anneal_steps:
-            left = jnp.clip((config.anneal_from + config.anneal_steps - step) / config.anneal_steps, 0, 1)
-            return left * scheduled(jnp.minimum(step, config.anneal_from))
+            left = np.clip((config.anneal_from + config.anneal_steps - step) / config.anneal_steps, 0, 1)
+            return left * scheduled(np.minimum(step, config.anneal_from))
         return scheduled(step)
 
     def scheduled(step):
         warm = config.peak_learning_rate * step / max(config.warmup_steps, 1)
         progress = (step - config.warmup_steps) / max(config.decay_steps - config.warmup_steps, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        cosine = 0.5 * (1 + np.cos(np.pi * np.clip(progress, 0, 1)))
         decayed = config.final_learning_rate + (config.peak_learning_rate - config.final_learning_rate) * cosine
-        return jnp.where(step < config.warmup_steps, warm, decayed)
+        return np.where(step < config.warmup_steps, warm, decayed)
 
     return rate
 

@@ -82,7 +82,7 @@ class StatePlan:
         """
 
         def convert(declaration, value):
-            if declaration is None or value.shape == declaration.canonical_shape and self.layout.is_model_order:
+            if declaration is None or self.layout.is_canonical(declaration):
                 return value
             return jax.block_until_ready(_to_canonical(self.layout, declaration)(value))
 

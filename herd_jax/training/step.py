@@ -9,25 +9,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from herd_jax.data.batches import TOKENS
 from herd_jax.errors import UserError
 from herd_jax.mesh import on_mesh
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.parallel import collectives, data, pipeline
+from herd_jax.parallel.pipeline import Program
 from herd_jax.parallel.schedule import PipelineConfig
-from herd_jax.training import objectives
 from herd_jax.training.checkpoints.checksums import checksum
 from herd_jax.training.optimizer import OptimizerConfig, clip, global_norm, learning_rate
 from herd_jax.training.state import State, StatePlan
-
-BATCH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
-BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [num_micro_batches, B of all dp ranks, S], in zigzag order
+from herd_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps of one model on one mesh. `gather`: parameters gathered once a `step` (the paper's choice) or per `layer`."""
+    """The steps of one model and task on one mesh. `gather`: parameters gathered once a `step` (the paper's choice) or per `layer`."""
 
+    task: Task
     model: Llama
     layout: Layout
     plan: StatePlan
@@ -53,7 +53,7 @@ class Steps:
 
     @functools.cached_property
     def evaluate(self):
-        """(params, batch) -> {"loss": sum of token losses in nats, "num_targets": their number}."""
+        """(params, batch) -> the objective's sums over the batch, and its "count"."""
         return self._jit(self._evaluate, (self.plan.specs.params, self._batch_specs), PartitionSpec())
 
     @functools.cached_property
@@ -67,25 +67,27 @@ class Steps:
         `mesh.devices`) has before they are summed over (dp, cp); with gather 'layer', the gradient is summed already."""
 
         def own(params, batch):
-            loss_sum, _, gradients = self._own_gradient(params, batch)
-            sums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves((loss_sum, gradients))])
-            return collectives.all_gather(sums[None], self.layout.mesh.axis_names, 0)
+            sums, _, gradients = self._own_gradient(params, batch)
+            checksums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves((sums["loss"], gradients))])
+            return collectives.all_gather(checksums[None], self.layout.mesh.axis_names, 0)
 
         return self._jit(own, (self.plan.specs.params, self._batch_specs), PartitionSpec())
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        return NamedSharding(self.layout.mesh, BATCH_SPEC)
+        """That of a batch's tokens."""
+        return NamedSharding(self.layout.mesh, TOKENS)
 
     @property
     def _batch_specs(self):
-        return {field: BATCH_SPEC for field in BATCH_FIELDS}
+        return dict(self.task.fields)
 
     def _jit(self, function, in_specs, out_specs, **options):
         return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.compute_dtype, **options)
 
     def _train(self, state: State, batch: dict, limits: jax.Array | float = jnp.inf) -> tuple[State, dict]:
-        loss, gradients = self._gradient(state.params, batch)
+        means, gradients = self._mean_gradient(state.params, batch)
+        loss = means["loss"]
         norm = global_norm(gradients, self.plan.specs.params, self.layout.mesh)
         updates, optimizer = self.plan.optimizer.update(clip(gradients, norm, self.optimizer.clip_norm), state.optimizer, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -93,35 +95,41 @@ class Steps:
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
         rate = learning_rate(self.optimizer)(state.step + 1)
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "finite": finite}
+        metrics = means | {"grad_norm": norm, "learning_rate": rate, "finite": finite}
         return State(state.step + 1, params, keep(optimizer, state.optimizer)), metrics
 
     def _gradient(self, params, batch: dict):
-        loss_sum, num_targets, gradients = self._own_gradient(params, batch)
+        means, gradients = self._mean_gradient(params, batch)
+        return means["loss"], gradients
+
+    def _mean_gradient(self, params, batch: dict):
+        """The objective's sums over the whole batch, divided by its count, and the gradient."""
+        sums, count, gradients = self._own_gradient(params, batch)
         if self.gather == "step":
             gradients = data.reduce_gradients(gradients, self.plan.specs.params)
         gradients["ends"] = collectives.all_reduce(gradients["ends"], "pp")
-        return collectives.all_reduce(loss_sum, ("dp", "cp")) / jnp.maximum(num_targets, 1), gradients
+        return jax.tree.map(lambda total: total / jnp.maximum(count, 1), collectives.all_reduce(sums, ("dp", "cp"))), gradients
 
     def _own_gradient(self, params, batch: dict):
-        """This device's sum of losses, the number of targets of all, and this device's summand of the gradient."""
-        num_targets = collectives.all_reduce(jnp.sum(batch["loss_mask"], dtype=jnp.float32), ("dp", "cp"))
-        objective = objectives.next_token(self.model.config.vocab_size, 1 / jnp.maximum(num_targets, 1))
-        program = self.model.program(self.layout.layers_per_stage, objective)
+        """This device's sums, the count of all, and this device's summand of the gradient."""
+        count = collectives.all_reduce(self.task.count(batch), ("dp", "cp"))
+        program = self._program(1 / jnp.maximum(count, 1))
         schedule = self.pipeline.build(self.layout.mesh.shape["pp"], len(batch["tokens"]))
         weights, exchange = self.weights(params)
         sums, d_ends, d_layers = pipeline.value_and_gradient(
-            program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange
+            program, weights["ends"], weights["layers"], self.model.micro_batches(batch), schedule, exchange
         )
-        return sums["loss"], num_targets, {"ends": d_ends, "layers": d_layers}
+        return sums, count, {"ends": d_ends, "layers": d_layers}
 
     def _evaluate(self, params, batch: dict):
-        program = self.model.program(self.layout.layers_per_stage, objectives.next_token(self.model.config.vocab_size, 1.0))
         schedule = self.pipeline.build_evaluation(self.layout.mesh.shape["pp"], len(batch["tokens"]))
         weights, exchange = self.weights(params)
-        sums = pipeline.evaluate(program, weights["ends"], weights["layers"], self.model.micro_batches(**batch), schedule, exchange)
-        num_targets = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
-        return collectives.all_reduce({"loss": sums["loss"], "num_targets": num_targets}, ("dp", "cp"))
+        batches = self.model.micro_batches(batch)
+        sums = pipeline.evaluate(self._program(1.0), weights["ends"], weights["layers"], batches, schedule, exchange)
+        return collectives.all_reduce(sums | {"count": self.task.count(batch)}, ("dp", "cp"))
+
+    def _program(self, weight: jax.Array | float) -> Program:
+        return self.model.program(self.layout.layers_per_stage, self.task.objective(self.model.config.vocab_size, weight))
 
     def weights(self, params):
         """The weights as the pipeline is given them, and what it does with them."""

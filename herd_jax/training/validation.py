@@ -66,7 +66,7 @@ class Validation:
             self._num_bytes[phase, name] = sum(int(self._bytes_of_id[row["targets"][row["loss_mask"]]].sum()) for row in rows)
         sharding = self._steps.batch_sharding
         found = [self._steps.evaluate(params, batch.to_devices(sharding)) for batch in validation_batches(rows, phase, sharding)]
-        nats, num_targets = (float(np.sum([float(sums[key]) for sums in found])) for key in ("loss", "num_targets"))
+        nats, num_targets = (float(np.sum([float(sums[key]) for sums in found])) for key in ("loss", "count"))
         return HeldOutLoss(nats, num_targets, self._num_bytes[phase, name])
 
     @functools.cached_property

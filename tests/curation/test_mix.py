@@ -16,6 +16,7 @@ from herd_jax.errors import UserError
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.config import RunConfig
 from herd_jax.training.loop import train
+from herd_jax.training.next_token import NEXT_TOKEN
 
 G, M, C, L = "general", "math_and_reasoning", "code", "multilingual"
 WEB, BEST, MATH, CODE = MixSource("web", G, 8000), MixSource("best", G, 2000, 0.9), MixSource("math", M, 1000, 0.9), MixSource("code", C, 4000)
@@ -178,7 +179,7 @@ def test_a_run_across_changes_of_the_mixture(sources, tmp_path):
     assert written["train"]["num_steps"] == 12 and [phase["from_tokens"] for phase in written["data"]["phases"]] == [1000, 2000]
 
     def train_with(*overrides):
-        train(read_command_line(RunConfig, ["--config", str(file), *(f"--config.{override}" for override in overrides)]))
+        train(read_command_line(RunConfig, ["--config", str(file), *(f"--config.{override}" for override in overrides)]), NEXT_TOKEN)
 
     train_with()
     parts = f"workdir={tmp_path / 'parts'}"

@@ -21,6 +21,7 @@ from herd_jax.interop.load import load_params, open_source
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.loop import train
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.validation import HeldOutLoss, Validation
 
 LETTERS = {"prose": "abcd ", "code": "(){};", "candidate": "0123456789+"}
@@ -49,7 +50,7 @@ def base(tmp_path_factory):
         "eval": {"every_steps": 100, "num_batches": 2},
         "log": {"every_steps": 1},
     }
-    train(parse(RunConfig, config))
+    train(parse(RunConfig, config), NEXT_TOKEN)
     return base
 
 
@@ -99,7 +100,7 @@ def test_the_losses_are_those_of_validation(base):
     for mesh in (MeshConfig(tp=2, cp=4, dp=1), MeshConfig(dp=8)):
         config = dataclasses.replace(config, mesh=mesh)
         (found,) = held_out_losses([base / "run"], config, config.data.paths)
-        steps, streams = build_steps(config, make_mesh(config.mesh)), open_streams(config.data, "validation")
+        steps, streams = build_steps(config, make_mesh(config.mesh), NEXT_TOKEN), open_streams(config.data, "validation")
         four = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_batches=4))
         validation = Validation(four, steps, streams, load_data_tokenizer(config.data, streams))
         params = load_params(open_source(base / "run"), steps.layout, steps.model.declared, jnp.float32)

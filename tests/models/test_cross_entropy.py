@@ -9,17 +9,23 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from herd_jax.mesh import MeshConfig, make_mesh
-from herd_jax.models import cross_entropy
-from herd_jax.models.cross_entropy import count_misses, cross_entropy_sum
+from herd_jax.models import log_probabilities
+from herd_jax.models.cross_entropy import cross_entropy_sum
+from herd_jax.models.log_probabilities import count_misses
 from herd_jax.parallel import collectives
 
 
-def value_and_gradients(tp, vocab_size, scale=1.0):
+def sum_of_log_probabilities(x_BTD, w_DV, target_BT, mask_BT, vocab_size):
+    """The same loss from the log-probabilities one by one, whose cotangents are any numbers."""
+    return -jnp.where(mask_BT, log_probabilities.log_probabilities(x_BTD, w_DV, target_BT, vocab_size), 0).sum()
+
+
+def value_and_gradients(tp, vocab_size, scale=1.0, loss_sum=cross_entropy_sum):
     """(x_BTD, w_DV padded to a multiple of tp, targets, mask) -> scale * loss and its gradients, x's summed over tp."""
     mesh = make_mesh(MeshConfig(tp=tp, dp=1), jax.devices()[:tp])
 
     def share(x_BTD, w_DV, target_BT, mask_BT):
-        loss = lambda x, w: scale * cross_entropy_sum(x, w, target_BT, mask_BT, vocab_size)
+        loss = lambda x, w: scale * loss_sum(x, w, target_BT, mask_BT, vocab_size)
         value, (dx_BTD, dw_DV) = jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, w_DV)
         return value[None], collectives.all_reduce(dx_BTD, "tp"), dw_DV
 
@@ -49,12 +55,13 @@ def check(tp, inputs, scale=1.0, filler=0.0):
     x_BTD, w_DV, target_BT, mask_BT = inputs
     vocab_size = w_DV.shape[1]
     padded = np.pad(w_DV, ((0, 0), (0, -vocab_size % tp)), constant_values=filler)
-    values, dx_BTD, dw_DV = value_and_gradients(tp, vocab_size, scale)(x_BTD, padded, target_BT, mask_BT)
     expected, (expected_dx, expected_dw) = plain(*inputs, scale)
-    np.testing.assert_allclose(values, np.full(tp, expected), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(dx_BTD, expected_dx, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(dw_DV[:, :vocab_size], expected_dw, rtol=1e-4, atol=1e-5)
-    assert (np.asarray(dw_DV[:, vocab_size:]) == 0).all()
+    for loss_sum in (cross_entropy_sum, sum_of_log_probabilities):
+        values, dx_BTD, dw_DV = value_and_gradients(tp, vocab_size, scale, loss_sum)(x_BTD, padded, target_BT, mask_BT)
+        np.testing.assert_allclose(values, np.full(tp, expected), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dx_BTD, expected_dx, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(dw_DV[:, :vocab_size], expected_dw, rtol=1e-4, atol=1e-5)
+        assert (np.asarray(dw_DV[:, vocab_size:]) == 0).all()
     return dx_BTD
 
 
@@ -65,7 +72,7 @@ TP = pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
 def test_chunks(tp, chunk_tokens, monkeypatch):
     """21 tokens in chunks of 1, of 4 (the last is filled up), and in one; the vocabulary of 37 is padded for tp."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(log_probabilities, "CHUNK_TOKENS", chunk_tokens)
     check(tp, make(3, 7, 6, 37))
 
 
@@ -80,14 +87,14 @@ def test_chunks(tp, chunk_tokens, monkeypatch):
 def test_odd_sizes(tp, batch, num_tokens, vocab_size, chunk_tokens):
     """Also fewer words than tp ranks, so that whole ranks hold nothing but padding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_TOKENS", chunk_tokens)
+        patch.setattr(log_probabilities, "CHUNK_TOKENS", chunk_tokens)
         check(tp, make(batch, num_tokens, 4, vocab_size, seed=num_tokens), scale=0.25)
 
 
 @TP
 def test_padding_is_never_predicted(tp, monkeypatch):
     """Padded columns with huge logits change nothing and get no gradient."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(log_probabilities, "CHUNK_TOKENS", 3)
     inputs = make(2, 5, 6, 33)
     check(tp, (np.abs(inputs[0]), *inputs[1:]), filler=1e4)
 
@@ -148,7 +155,7 @@ def test_logits_of_all_tokens_never_exist(with_gradient):
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
 def test_misses_are_masked_targets_that_are_not_the_likeliest(tp, chunk_tokens, monkeypatch):
     """With half of the targets likeliest, and padded columns with huge logits."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(log_probabilities, "CHUNK_TOKENS", chunk_tokens)
     x_BTD, w_DV, target_BT, mask_BT = make(3, 7, 6, 37)
     x_BTD = np.abs(x_BTD)
     likeliest_BT = (x_BTD @ w_DV).argmax(-1)

@@ -61,14 +61,22 @@ def test_every_parameter_by_hand():
     assert "output" not in Llama.make(tiny.tied()).declared["ends"]["head"]
 
 
+def of_layers(layers):
+    return Declaration((2, 3), (None, None), normal(1.0), layers=tuple(layers))
+
+
 def test_layers_in_slots_by_hand():
-    assert layout(num_layers=5).layer_of_slot.tolist() == [0, 1, 2, 3, 4]
-    assert layout(pp=2).layer_of_slot.tolist() == [0, 1, 2, 3, 4, -1]
-    assert layout(pp=4).layer_of_slot.tolist() == [0, -1, 1, 2, 3, -1, 4, -1]
+    five = of_layers(range(5))
+    assert layout(num_layers=5).slots(five).tolist() == [0, 1, 2, 3, 4]
+    assert layout(pp=2).slots(five).tolist() == [0, 1, 2, 3, 4, -1]
+    assert layout(pp=4).slots(five).tolist() == [0, -1, 1, 2, 3, -1, 4, -1]
     # Rank 0 has stages 0 and 2, rank 1 has stages 1 and 3.
-    assert layout(pp=2, num_chunks=2).layer_of_slot.tolist() == [0, -1, 3, -1, 1, 2, 4, -1]
-    assert layout(pp=2, num_layers=4).is_model_order and not layout(pp=2).is_model_order
-    assert not layout(pp=2, num_chunks=2, num_layers=6).is_model_order  # no slot is empty, but ranks come first
+    assert layout(pp=2, num_chunks=2).slots(five).tolist() == [0, -1, 3, -1, 1, 2, 4, -1]
+    assert layout(pp=2, num_layers=4).is_canonical(of_layers(range(4))) and not layout(pp=2).is_canonical(five)
+    assert not layout(pp=2, num_chunks=2, num_layers=6).is_canonical(of_layers(range(6)))  # no slot is empty, but ranks come first
+    # Of layers 1 to 3, which alone have a parameter, rank 0 (layers 0 to 2) has two and rank 1 (3 and 4) one.
+    assert layout(pp=2).slots(of_layers((1, 2, 3))).tolist() == [1, 2, 3, -1]
+    assert layout().is_canonical(of_layers((1, 2, 3))) and not layout(pp=2).is_canonical(of_layers((1, 2, 3)))
 
 
 def test_the_papers_balance():
@@ -76,12 +84,12 @@ def test_the_papers_balance():
     mesh = type("Mesh", (), {"shape": {"pp": 16}})()
     where = Layout.make(mesh, 126, 8)
     assert where.layers_per_stage == (0, *[1] * 126, 0)
-    assert sorted(where.layer_of_slot) == [-1, -1, *range(126)]
+    assert sorted(where.slots(of_layers(range(126)))) == [-1, -1, *range(126)]
 
 
 def test_stored_shapes_are_those_of_the_mesh():
     """The vocabulary padded to a multiple of tp, layers to equal slots; nothing else changes."""
-    table, down = Declaration((61, 32), ("vocab", "embed"), ones), Declaration((48, 32), ("ffn", "embed"), ones, num_layers=5)
+    table, down = Declaration((61, 32), ("vocab", "embed"), ones), Declaration((48, 32), ("ffn", "embed"), ones, layers=tuple(range(5)))
     assert layout().stored_shape(table) == (61, 32) and layout().stored_shape(down) == (5, 48, 32)
     assert layout(tp=4).stored_shape(table) == (64, 32)
     assert layout(pp=4).stored_shape(down) == (8, 48, 32)
@@ -120,20 +128,25 @@ def test_first_values(one_device):
     num_layers=st.integers(1, 9),
     num_chunks=st.integers(1, 3),
     vocab_size=st.integers(1, 9),
+    some=st.lists(st.integers(0, 8), min_size=1, unique=True),
 )
-def test_canonical_round_trip(tp, pp, num_layers, num_chunks, vocab_size):
-    """Whatever the layers, slots and padding, a checkpoint's array comes back, and what is stored beside it is zero."""
+def test_canonical_round_trip(tp, pp, num_layers, num_chunks, vocab_size, some):
+    """Whatever the layers (all, or some), slots and padding, a checkpoint's array comes back, and what is stored beside it is zero."""
     where = layout(tp=tp, pp=pp, num_layers=num_layers, num_chunks=num_chunks)
-    stacked = Declaration((2, 3), (None, None), normal(1.0), num_layers)
     table = Declaration((vocab_size, 3), ("vocab", None), normal(1.0))
-    for declaration in (stacked, table):
+    for declaration in (of_layers(range(num_layers)), of_layers(sorted({layer % num_layers for layer in some})), table):
         canonical = 1 + np.arange(declaration.size, dtype=np.float32).reshape(declaration.canonical_shape)
         stored = where.from_canonical(declaration, jnp.asarray(canonical))
         assert stored.shape == where.stored_shape(declaration) and np.count_nonzero(stored) == declaration.size
         np.testing.assert_array_equal(where.to_canonical(declaration, stored), canonical)
         np.testing.assert_array_equal(where.from_canonical(declaration, where.to_canonical(declaration, stored)), stored)
-    layers = np.asarray(where.from_canonical(stacked, jnp.arange(1.0, num_layers + 1)[:, None, None] * jnp.ones((1, 2, 3))))
-    np.testing.assert_array_equal(layers[:, 0, 0], where.layer_of_slot + 1)
+        if declaration.layers:
+            numbers = jnp.asarray(declaration.layers)[:, None, None] + jnp.ones((1, 2, 3))
+            np.testing.assert_array_equal(where.from_canonical(declaration, numbers)[:, 0, 0], where.slots(declaration) + 1)
+            key = jax.random.key(0)
+            first = where.to_canonical(declaration, where.init(declaration, key))
+            expected = [declaration.init(jax.random.fold_in(key, layer), declaration.shape) for layer in declaration.layers]
+            np.testing.assert_array_equal(first, np.stack(expected))  # a layer's first value does not depend on the others
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (2, 1, 4, 1), (4, 2, 1, 1)], ids=str)

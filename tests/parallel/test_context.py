@@ -105,7 +105,7 @@ def test_visible_range(cp, rows):
     documents = [np.repeat(np.arange(1, len(lengths) + 1), lengths)[:16] for lengths in rows]
     segment_ids = np.stack([np.pad(row, (0, 16 - len(row))) for row in documents]).astype(np.int32)
     order = context.zigzag_order(16, cp)
-    found = on_ranks(cp, context.visible_range, P(None, "cp"), P(None, "cp"))(segment_ids[:, order])
+    found = on_ranks(cp, lambda ids: context.visible_ranges(ids)[0], P(None, "cp"), P(None, "cp"))(segment_ids[:, order])
     for got, expected in zip(found, plain_visible_range(segment_ids), strict=True):
         assert got.dtype == jnp.int32
         np.testing.assert_array_equal(got, expected[:, order])
@@ -114,6 +114,28 @@ def test_visible_range(cp, rows):
 def test_visible_range_of_stacked_micro_batches():
     """Leading dims are kept; a row of nothing but padding still sees itself, so no query is without a key."""
     segment_ids = np.array([[[1, 1, 2, 2]], [[0, 0, 0, 0]], [[1, 2, 0, 0]]], np.int32)
-    start, end = on_ranks(1, context.visible_range, P(), P())(segment_ids)
+    start, end = on_ranks(1, lambda ids: context.visible_ranges(ids)[0], P(), P())(segment_ids)
     assert start.tolist() == [[[0, 0, 2, 2]], [[0, 0, 0, 0]], [[0, 1, 2, 2]]]
     assert end.tolist() == [[[1, 2, 3, 4]]] * 3
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    cp=st.sampled_from([1, 2, 4]),
+    rows=st.lists(st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), max_size=3)), min_size=1, max_size=4), min_size=2, max_size=2),
+)
+def test_branches_see_their_trunk_and_themselves(cp, rows):
+    """Segments of a trunk and branches of these lengths: a query sees what a loop over its segment says, each key in one range alone."""
+    segment_ids, branch_ids = np.zeros((2, 2, 16), np.int32)
+    for row, segments in enumerate(rows):
+        runs = [(number, branch, length) for number, (trunk, branches) in enumerate(segments, 1) for branch, length in enumerate([trunk, *branches])]
+        ids = np.array([run[:2] for run in runs for _ in range(run[2])], np.int32)[:16].T
+        segment_ids[row, : ids.shape[1]], branch_ids[row, : ids.shape[1]] = ids
+    order = context.zigzag_order(16, cp)
+    found = on_ranks(cp, context.visible_ranges, (P(None, "cp"), P(None, "cp")), P(None, "cp"))(segment_ids[:, order], branch_ids[:, order])
+    key = np.arange(16)
+    seen = [sum(((start[..., None] <= key) & (key < end[..., None])).astype(int) for start, end in np.asarray(found))]
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    trunk_or_own = (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
+    expected = same_segment & trunk_or_own & (key[:, None] >= key)
+    np.testing.assert_array_equal(seen[0], expected[:, order].astype(int))

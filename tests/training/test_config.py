@@ -10,12 +10,13 @@ from herd_jax.errors import UserError
 from herd_jax.mesh import make_mesh
 from herd_jax.models.config import MODELS
 from herd_jax.training.config import RunConfig, build_steps
+from herd_jax.training.next_token import NEXT_TOKEN
 
 
 def build(**overrides):
     run = config(**overrides)
     num_devices = run.mesh.tp * run.mesh.cp * run.mesh.pp * run.mesh.dp
-    return build_steps(run, make_mesh(run.mesh, jax.devices()[:num_devices]))
+    return build_steps(run, make_mesh(run.mesh, jax.devices()[:num_devices]), NEXT_TOKEN)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from herd_jax.mesh import AXES
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout
 from herd_jax.training.config import RunConfig, check_batches
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.optimizer import learning_rate, make_optimizer
 from herd_jax.training.resume import contradictions
 from herd_jax.training.stages.stages import devices_of, stage_configs
 from herd_jax.training.state import State, StatePlan
-from herd_jax.training.step import BATCH_FIELDS, Steps
+from herd_jax.training.step import Steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -94,10 +95,10 @@ def trace(config: RunConfig, mesh: AbstractMesh) -> None:
     model = Llama.make(model_config, "blockwise", config.train.remat)
     layout = Layout.make(mesh, model_config.num_layers, config.pipeline.num_chunks)
     plan = StatePlan(model.declared, make_optimizer(config.optimizer, model.declared), layout)
-    steps = Steps(model, layout, plan, config.optimizer, jnp.bfloat16, config.train.gather, config.pipeline)
+    steps = Steps(NEXT_TOKEN, model, layout, plan, config.optimizer, jnp.bfloat16, config.train.gather, config.pipeline)
     phase = config.train.ramp.phases[-1]
     shape = (phase.num_micro_batches, phase.global_batch_size // phase.num_micro_batches, phase.seq_len)
-    batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in BATCH_FIELDS}
+    batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in NEXT_TOKEN.fields}
     params = jax.tree.map(lambda d: jax.ShapeDtypeStruct(layout.stored_shape(d), jnp.float32), model.declared, is_leaf=lambda n: hasattr(n, "axes"))
     state = State(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(plan.optimizer.init, params))
     after, metrics = jax.eval_shape(steps.train, state, batch)

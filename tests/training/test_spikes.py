@@ -15,6 +15,7 @@ from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
 from herd_jax.training import loop
 from herd_jax.training.config import RunConfig, TrainConfig
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.spikes import LAG, MAX_REWINDS, Spikes
 from herd_jax.training.state import State
 
@@ -109,8 +110,8 @@ def trained(data, workdir, monkeypatch, bad, *num_steps, on_spike="rewind"):
     """(metrics lines, final position, final state) of a run that was ended after each of `num_steps`."""
     build = loop.build_steps
 
-    def build_bad(config, mesh):
-        steps = build(config, mesh)
+    def build_bad(config, mesh, task):
+        steps = build(config, mesh, task)
         good = steps.train
 
         def train(state, batch):
@@ -130,9 +131,9 @@ def trained(data, workdir, monkeypatch, bad, *num_steps, on_spike="rewind"):
                 "train": {"num_steps": number, "global_batch_size": 8, "seq_len": 32, "on_spike": on_spike},
                 "checkpoint": {"every_steps": 4, "keep": 9}, "log": {"every_steps": 3}, "eval": {"num_batches": 1},
             })  # fmt: skip
-            loop.train(config)
+            loop.train(config, NEXT_TOKEN)
     mesh = loop.make_mesh(config.mesh)
-    steps = build(config, mesh)
+    steps = build(config, mesh, NEXT_TOKEN)
     checkpointer = loop.TieredCheckpointer(workdir / "checkpoints", config.checkpoint)
     restored = checkpointer.restore(steps.plan.abstract_canonical())
     checkpointer.close()

@@ -163,7 +163,7 @@ def test_padded_vocabulary_and_empty_slots_stay_zero(rows):
     assert table.shape[0] == 64 and (table[61:] == 0).all() and (table[:61] != 0).any()
     steps = tiny.make_steps(1, 1, 8, 1)
     state, _ = steps.train(steps.plan.init(0), tiny.to_batch(steps, rows, 2))
-    empty = steps.layout.layer_of_slot < 0
+    empty = steps.layout.slots(steps.model.declared["layers"]["qkv"]) < 0
     down = np.asarray(state.params["layers"]["down"])
     assert empty.sum() == 3 and (down[empty] == 0).all() and (down[~empty] != 0).any()
 
@@ -185,7 +185,7 @@ def test_no_weight_is_among_the_residuals(rows):
         stored = []
 
         def probe(params, batch):
-            micro_batch = jax.tree.map(lambda a: a[0], steps.model.micro_batches(**batch))
+            micro_batch = jax.tree.map(lambda a: a[0], steps.model.micro_batches(batch))
             program = steps.model.program(steps.layout.layers_per_stage, None)
             weights = jax.tree.map(lambda w: w[0], params["layers"])
             x_BTD = program.embed(params["ends"], micro_batch)

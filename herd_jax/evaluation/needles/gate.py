@@ -22,6 +22,7 @@ from herd_jax.model import Model
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.config import RunConfig, build_steps, check_batches
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.stages.config import GateConfig
 from herd_jax.training.stages.decisions import Verdict
 from herd_jax.training.validation import Validation
@@ -43,7 +44,7 @@ class StageGate:
 
     def __call__(self, stages: Sequence[RunConfig], number: int, short_loss_before: float | None) -> Verdict:
         first, stage = stages[0], stages[number - 1]
-        steps = build_steps(dataclasses.replace(stage, pipeline=PipelineConfig()), make_mesh(stage.mesh))
+        steps = build_steps(dataclasses.replace(stage, pipeline=PipelineConfig()), make_mesh(stage.mesh), NEXT_TOKEN)
         params = load_params(open_source(stage.directory), steps.layout, steps.model.declared, jnp.float32)
         streams = open_streams(first.data, "validation")
         tokenizer = load_data_tokenizer(first.data, streams)

@@ -20,16 +20,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from herd_jax.errors import UserError
-from herd_jax.inference.decoder import Decoder
 from herd_jax.inference.scoring.packing import Pack, Unit, make_units, pack_units
 from herd_jax.inference.scoring.whole_rows import RANK_TOKENS, bucket
 from herd_jax.mesh import FSDP_AXES, fsdp_size, on_mesh
-from herd_jax.models.attention.blockwise import attention_over_ranges
-from herd_jax.models.llama import Llama, look_up, rms_norm
+from herd_jax.models.attention.blockwise import blockwise_attention
+from herd_jax.models.llama import Llama
+from herd_jax.models.log_probabilities import predict
 from herd_jax.models.params import Layout, map_declarations
-from herd_jax.models.rope import frequencies, rotations
-from herd_jax.parallel import collectives, tensor
-from herd_jax.parallel.pipeline import when
+from herd_jax.parallel import tensor
+from herd_jax.parallel.relay import relay
 
 FAMILY_SIZE = 16  # contexts that begin alike make a family from so many on: what they share is then computed on its own,
 FAMILY_TOKENS = 64  # where they share at least so many tokens
@@ -118,9 +117,8 @@ class ContinuationScorer:
 
         def run(params, batch, beginning):
             x_BTD, weights, _ = self._hidden(params, batch, beginning)
-            ends = weights["ends"]
-            output_DV = ends["embed"]["table"].T if self.model.config.tie_embeddings else ends["head"]["output"]
-            hidden_TD = rms_norm(x_BTD, ends["head"]["norm"], self.model.config.norm_eps)[0]
+            head, output_DV = self.model.head(weights["ends"])
+            hidden_TD = head.hidden(x_BTD, tensor.WHOLE_SEQUENCE)[0]
             return self._of_targets(hidden_TD, output_DV, jax.tree.map(lambda a: a[0], batch))
 
         @functools.cache
@@ -131,12 +129,8 @@ class ContinuationScorer:
 
     def _hidden(self, params, batch: PackedContexts, beginning: Beginning | None):
         """Activations [1, N, D] of this device's row, the weights, and its keys and values [slots, 1, N, K, H]."""
-        config = self.model.config
-        weights = self.layout.gather(params, self.model.declared, self.dtype)
-        table = weights["ends"]["embed"]["table"]
-        x_BTD = collectives.all_reduce(look_up(table, *tensor.vocabulary_slice(batch.tokens, table.shape[0])), "tp")
-        rotation = rotations(batch.positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-        decoder = Decoder(self.model, self.layout, self.dtype)
+        weights, num_slots = self.layout.gather(params, self.model.declared, self.dtype), max(1, *self.layout.layers_per_stage)
+        rotation = self.model.rotation(batch.positions)
 
         def layer(x_BTD, w, slot):
             def attend(q_BTNH, k_BTKH, v_BTKH):
@@ -144,44 +138,24 @@ class ContinuationScorer:
                 if beginning is not None:
                     nothing = jnp.zeros_like(batch.tokens)
                     ranges.append((beginning.k[slot], beginning.v[slot], nothing, nothing + beginning.length[:, None]))
-                return attention_over_ranges(q_BTNH, ranges), (k_BTKH, v_BTKH)
+                return blockwise_attention(q_BTNH, ranges), (k_BTKH, v_BTKH)
 
-            return decoder.layer(w, x_BTD, rotation, attend)
+            return self.model.layer(w)(x_BTD, rotation, attend, tensor.WHOLE_SEQUENCE)
 
-        stages = self.layout.layers_per_stage
-        kept = None
-        for stage, num_layers in enumerate(stages):
-            if num_layers == 0:
-                continue
-            fill = lambda a: jnp.pad(a, [(0, decoder.num_slots - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
+        def run(x_BTD, stage):
+            x_BTD, kept = self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)
+            return x_BTD, jax.tree.map(lambda a: jnp.pad(a, [(0, num_slots - a.shape[0])] + [(0, 0)] * (a.ndim - 1)), kept)
 
-            def run(x_BTD, stage=stage, fill=fill):
-                x_BTD, kept = self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)
-                return x_BTD, jax.tree.map(fill, kept)
-
-            if len(stages) == 1:
-                x_BTD, kept = run(x_BTD)
-                continue
-            mine = (lax.axis_index("pp") == stage).astype(jnp.int32)
-            if kept is None:
-                kept = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(run, x_BTD)[1])
-            x_BTD, kept = when(mine, lambda carry, run=run: run(carry[0]), (x_BTD, kept))  # the other ranks wait
-            x_BTD = collectives.all_reduce(jnp.where(mine == 1, x_BTD, 0), "pp")
+        x_BTD, kept = relay(self.layout.layers_per_stage, run, self.model.embedding(weights["ends"])(batch.tokens, tensor.WHOLE_SEQUENCE))
         return x_BTD, weights, kept
 
     def _of_targets(self, hidden_TD, output_DV, batch: PackedContexts):
         """Log-probabilities [1, M] of a row's targets and whether each is the likeliest; only of as many chunks as hold targets."""
-        column = lax.axis_index("tp") * output_DV.shape[1] + jnp.arange(output_DV.shape[1])
 
         def chunk(i, found):
             cut = lambda a: lax.dynamic_slice_in_dim(a, i * TARGET_CHUNK, TARGET_CHUNK)
-            logits_CV = jnp.dot(hidden_TD[cut(batch.target_index)], output_DV, preferred_element_type=jnp.float32)
-            logits_CV = jnp.where(column < self.model.config.vocab_size, logits_CV, -jnp.inf)
-            peak_C = collectives.all_max(logits_CV.max(-1), "tp")
-            index_C, mine_C = tensor.vocabulary_slice(cut(batch.targets), output_DV.shape[1])
-            hit_C = jnp.where(mine_C, jnp.take_along_axis(logits_CV, index_C[:, None], -1)[:, 0], 0)
-            total_C, hit_C = collectives.all_reduce((jnp.exp(logits_CV - peak_C[:, None]).sum(-1), hit_C), "tp")
-            new = hit_C - peak_C - jnp.log(total_C), hit_C >= peak_C
+            said = predict(hidden_TD[cut(batch.target_index)], output_DV, cut(batch.targets), self.model.config.vocab_size)
+            new = said.log_p_C, said.hit_C >= said.peak_C
             return tuple(lax.dynamic_update_slice_in_dim(of, part, i * TARGET_CHUNK, 0) for of, part in zip(found, new))
 
         nothing = jnp.zeros(batch.targets.shape), jnp.zeros(batch.targets.shape, bool)

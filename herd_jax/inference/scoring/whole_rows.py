@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from herd_jax.mesh import on_mesh
-from herd_jax.models.cross_entropy import count_misses, cross_entropy_sum
+from herd_jax.models.cross_entropy import cross_entropy_sum
 from herd_jax.models.llama import Llama
+from herd_jax.models.log_probabilities import count_misses
 from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import collectives
 from herd_jax.parallel.context import zigzag_order
-from herd_jax.parallel.pipeline import when
+from herd_jax.parallel.relay import relay
 
 RANK_TOKENS = 4096  # that a dp rank scores at once, where rows are shorter: enough to keep its matmuls efficient
 BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [1, B, S], in zigzag order
@@ -63,7 +64,7 @@ class Scorer:
 
     @functools.cached_property
     def _logits(self):
-        def objective(hidden_BTD, output_DV, batch):
+        def objective(hidden_BTD, output_DV, _):
             logits_BTV = jnp.dot(hidden_BTD, output_DV, preferred_element_type=jnp.float32)
             return jnp.zeros(()), {"logits": logits_BTV}
 
@@ -80,12 +81,12 @@ class Scorer:
     def _row_sums(self, function):
         """Of each row, `function` (as `cross_entropy_sum`) of its targets."""
 
-        def objective(hidden_BTD, output_DV, batch):
+        def objective(hidden_BTD, output_DV, fields):
             def of_row(row):
                 hidden_TD, target_T, mask_T = row
                 return function(hidden_TD[None], output_DV, target_T[None], mask_T[None], self.model.config.vocab_size)
 
-            return jnp.zeros(()), {"sum": jax.lax.map(of_row, (hidden_BTD, batch.targets_BT, batch.loss_mask_BT))}
+            return jnp.zeros(()), {"sum": jax.lax.map(of_row, (hidden_BTD, fields["targets"], fields["loss_mask"]))}
 
         whole_rows = lambda params, batch: collectives.all_reduce(self._run(objective, params, batch)["sum"], "cp")
         return self._jit(whole_rows, PartitionSpec("dp"))
@@ -94,18 +95,10 @@ class Scorer:
         """The sums of the objective, stage by stage: there is one micro-batch, so the other ranks wait."""
         weights, stages = self.layout.gather(params, self.model.declared, self.dtype), self.layout.layers_per_stage
         program = self.model.program(stages, objective)
-        micro_batch = jax.tree.map(lambda a: a[0], self.model.micro_batches(**batch))
-        x_BTD = program.embed(weights["ends"], micro_batch)
+        micro_batch = jax.tree.map(lambda a: a[0], self.model.micro_batches(batch))
         layer = lambda x_BTD, w, _: (program.layer(w, x_BTD, micro_batch), None)
-        for stage, num_layers in enumerate(stages):
-            if num_layers == 0:
-                continue
-            run = lambda x_BTD, stage=stage: self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)[0]
-            if len(stages) == 1:
-                x_BTD = run(x_BTD)
-                continue
-            mine = (jax.lax.axis_index("pp") == stage).astype(jnp.int32)
-            x_BTD = collectives.all_reduce(jnp.where(mine == 1, when(mine, run, x_BTD), 0), "pp")
+        run = lambda x_BTD, stage: self.layout.scan(layer, x_BTD, weights["layers"], self.model.declared["layers"], stage)
+        x_BTD, _ = relay(stages, run, program.embed(weights["ends"], micro_batch))
         return program.head(weights["ends"], x_BTD, micro_batch)[1]
 
     @functools.cached_property

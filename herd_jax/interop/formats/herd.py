@@ -22,7 +22,7 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
     def whole(name: str, shape: tuple[int, ...]) -> Piece:
         return Piece(name, shape, shape, tuple(range(len(shape))))
 
-    return {name: Mapped(d, (whole(f"{name}.{{layer}}" if d.num_layers else name, d.shape),)) for name, d in parameters(config).items()}
+    return {name: Mapped(d, (whole(f"{name}.{{layer}}" if d.layers else name, d.shape),)) for name, d in parameters(config).items()}
 
 
 def open_herd(directory: Path) -> Source:

@@ -82,7 +82,7 @@ class CheckpointSource(Source):
             sums = self._sums.setdefault(name, {})
             sums[layer] = _checksum(values, layer or 0)
             leaf = ".params" + "".join(f"['{key}']" for key in name.split("."))
-            if len(sums) == max(1, declaration.num_layers) and sum(sums.values()) % 2**32 != self.checksums[leaf]:
+            if len(sums) == max(1, len(declaration.layers)) and sum(sums.values()) % 2**32 != self.checksums[leaf]:
                 raise UserError(self._damaged(name))
         return values
 

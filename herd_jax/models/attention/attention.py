@@ -1,7 +1,8 @@
 """Attention: the one function that the models call, the choice of its implementation, and the dense oracle.
 
-What a query may see is always one range of keys, `start <= s < end`, in the order of the row. That covers causal attention,
-documents packed in one row, and zigzag context parallelism, where the queries of a device are not contiguous in the row.
+What a query may see is one range of keys, `start <= s < end`, in the order of the row, or a few. One covers causal attention,
+documents packed in one row, and zigzag context parallelism, where the queries of a device are not contiguous in the row; two cover a
+prompt with several responses, each of which sees the prompt and itself.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from herd_jax.errors import UserError
 from herd_jax.models.attention.blockwise import blockwise_attention
 from herd_jax.models.attention.gpu import cudnn_attention, tokamax_attention
+from herd_jax.models.attention.ranges import Ranges, visible
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "tokamax", "cudnn")
 
@@ -21,8 +23,7 @@ def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    start_BT: jax.Array,
-    end_BT: jax.Array,
+    ranges: Ranges,
     implementation: str,
     *,
     causal_rows: bool = False,
@@ -32,22 +33,23 @@ def attention(
     Args:
         q_BTNH: queries; head n attends with kv head n // (N / K).
         k_BSKH, v_BSKH: all keys and values of the row, in row order.
-        start_BT, end_BT: int32; query t sees the keys start <= s < end, 0 <= start, end <= S. A query with start >= end sees
-            nothing: its output and its part of every gradient are 0.
+        ranges: pairs (start_BT, end_BT), int32; query t sees the keys start <= s < end of each, 0 <= start, end <= S. A query's
+            ranges do not overlap. A query with start >= end in all of them sees nothing: its output and its part of every
+            gradient are 0.
         implementation: what `choose` returned.
-        causal_rows: a promise that query t sits at index t of the row (no context parallelism) and that each range is empty or
-            ends at t + 1, which lets `tokamax` leave out the tiles above the diagonal in its backward pass.
+        causal_rows: a promise that query t sits at index t of the row (no context parallelism) and that each first range is
+            empty or ends at t + 1, which lets `tokamax` leave out the tiles above the diagonal in its backward pass.
 
     Returns:
         o_BTNH in the dtype of q; scores and softmax are FP32, scaled by 1 / sqrt(H).
     """
     match implementation:
         case "dense":
-            return dense_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+            return dense_attention(q_BTNH, k_BSKH, v_BSKH, ranges)
         case "blockwise":
-            return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+            return blockwise_attention(q_BTNH, tuple((k_BSKH, v_BSKH, start_BT, end_BT) for start_BT, end_BT in ranges))
         case "tokamax":
-            return tokamax_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, causal_rows=causal_rows)
+            return tokamax_attention(q_BTNH, k_BSKH, v_BSKH, ranges, causal_rows=causal_rows)
         case "cudnn":
             return cudnn_attention(q_BTNH, k_BSKH, v_BSKH)
     raise AssertionError(f"not an implementation: {implementation!r}")
@@ -84,16 +86,13 @@ def choose(implementation: str, *, platform: str, context_parallel: bool, docume
     raise UserError(f"train.attention is '{implementation}': it must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def dense_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
-) -> jax.Array:
+def dense_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges) -> jax.Array:
     """The oracle: materialises the scores [B, K, G, T, S], so its memory is quadratic; see `attention` for the contract."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     s_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) / math.sqrt(H)
-    key = jnp.arange(S)
-    visible_BTS = (start_BT[:, :, None] <= key) & (key < end_BT[:, :, None])
+    visible_BTS = visible(ranges, S)
     # A large finite score, not -inf: the softmax of a row without a visible key stays finite, and is then set to 0.
     p_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BKGTS, -1e30), axis=-1)
     p_BKGTS = jnp.where(visible_BTS[:, None, None], p_BKGTS, 0)

@@ -3,11 +3,15 @@
 The forward pass walks over blocks of queries and, for each, over the blocks of keys that any of its queries can see, with the
 running maximum and sum of an online softmax. The backward pass recomputes the probabilities of each pair of blocks from the
 saved log-sum-exp. Both loops run at run time, so compile time does not depend on length. It is tuned for CPUs and runs anywhere;
-the flash kernels for GPUs are in `gpu_attention.py`.
+the flash kernels for GPUs are in `gpu.py`.
+
+Several ranges of keys are walked over one after the other, each with its own softmax, and their results are weighted by their shares in
+the sum of all exponentials. The backward of each range then needs the joint log-sum-exp alone.
 
 Method: "FlashAttention-2" (Dao, 2023), algorithms 1 and 2.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,16 +22,34 @@ from jax import lax
 MAX_SCORES = 2**19  # FP32 scores of one pair of blocks: 2 MiB, which still fits the caches of a core
 MASKED = -1e30  # finite, so that a row with nothing to see never subtracts infinity from infinity
 
+Keys = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # k_BSKH, v_BSKH, start_BT, end_BT: a query sees the keys start <= s < end
+
 
 @jax.custom_vjp
-def blockwise_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
-) -> jax.Array:
-    """Attention of each query over the keys `start <= s < end` of its row; see `attention.attention` for the contract.
+def blockwise_attention(q_BTNH: jax.Array, keys: Sequence[Keys]) -> jax.Array:
+    """Attention of each query over all ranges of `keys`, which must not overlap for a query; see `attention.attention` for the contract.
 
-    A block of keys is computed only if some query of the block of queries, in any row of the micro-batch, can see it.
+    The keys of different ranges may be of different rows. A block of keys is computed only if some query of the block of queries, in any
+    row of the micro-batch, can see it.
     """
-    return _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)[0]
+    return _joint_forward(q_BTNH, keys)[0]
+
+
+def _joint_forward(q_BTNH, keys):
+    """Returns o_BTNH and the log-sum-exp of each query's scores over all ranges: lse_BKGT, T padded to whole blocks."""
+    parts = [_forward(q_BTNH, *of) for of in keys]
+    if len(parts) == 1:
+        return parts[0]
+    (B, T, N, _), found = q_BTNH.shape, []
+    for (_, _, start_BT, end_BT), (_, lse_BKGT) in zip(keys, parts):
+        sees_BT = jnp.pad(start_BT < end_BT, ((0, 0), (0, lse_BKGT.shape[-1] - T)))
+        found.append(jnp.where(sees_BT[:, None, None], lse_BKGT, MASKED))  # 0 where a query sees nothing, which is no sum
+    most_BKGT = functools.reduce(jnp.maximum, found)
+    shares = [jnp.exp(lse_BKGT - most_BKGT) for lse_BKGT in found]
+    total_BKGT = sum(shares)
+    to_heads = lambda a_BKGT: a_BKGT[..., :T].reshape(B, N, T).swapaxes(1, 2)[..., None]
+    o_BTNH = sum(o.astype(jnp.float32) * to_heads(share / total_BKGT) for (o, _), share in zip(parts, shares))
+    return o_BTNH.astype(q_BTNH.dtype), jnp.where(most_BKGT > MASKED, most_BKGT + jnp.log(total_BKGT), 0)
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
@@ -66,32 +88,23 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     return o[:, :T], lse_BKGT
 
 
-def attention_over_ranges(q_BTNH: jax.Array, ranges: Sequence[tuple[jax.Array, jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Attention of each query over several ranges of keys at once, forward only: o_BTNH.
-
-    Each of `ranges` is (k_BSKH, v_BSKH, start_BT, end_BT), as in `blockwise_attention`; the keys may be of different rows, and a query's
-    ranges must not overlap.
-    """
-    B, T, N, _ = q_BTNH.shape
-    outputs, lse = [], []
-    for k_BSKH, v_BSKH, start_BT, end_BT in ranges:
-        o_BTNH, lse_BKGT = _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
-        lse_BTN = lse_BKGT[..., :T].reshape(B, N, T).swapaxes(1, 2)
-        outputs.append(o_BTNH.astype(jnp.float32))
-        lse.append(jnp.where((start_BT < end_BT)[..., None], lse_BTN, MASKED))
-    share_RBTN = jax.nn.softmax(jnp.stack(lse), axis=0)  # of each range in the sum of the exponentials
-    return sum(o_BTNH * share_BTN[..., None] for o_BTNH, share_BTN in zip(outputs, share_RBTN)).astype(q_BTNH.dtype)
+def _forward_with_residuals(q_BTNH, keys):
+    o_BTNH, lse_BKGT = _joint_forward(q_BTNH, keys)
+    return o_BTNH, (q_BTNH, keys, o_BTNH, lse_BKGT)
 
 
-def _forward_with_residuals(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
-    o_BTNH, lse_BKGT = _forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
-    return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, o_BTNH, lse_BKGT)
+def _joint_backward(residuals, do_BTNH):
+    """Returns the gradients of q and of each range's k and v; the ranges have none."""
+    q_BTNH, keys, o_BTNH, lse_BKGT = residuals
+    parts = [_backward((q_BTNH, *of, o_BTNH, lse_BKGT), do_BTNH) for of in keys]
+    dq_BTNH = parts[0][0] if len(parts) == 1 else sum(dq.astype(jnp.float32) for dq, *_ in parts).astype(q_BTNH.dtype)
+    return dq_BTNH, type(keys)((dk, dv, None, None) for _, dk, dv in parts)
 
 
 def _backward(residuals, do_BTNH):
-    """Returns the gradients of q, k and v; the ranges have none."""
+    """Returns the gradients of q, k and v of one range, from the log-sum-exp over all."""
     q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, o_BTNH, lse_BKGT = residuals
-    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    (B, T, _, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     block = _block_size(q_BTNH, k_BSKH)
     q, o, do, start, end = (_pad(x, block) for x in (q_BTNH, o_BTNH, do_BTNH, start_BT, end_BT))
     k_BKSH, v_BKSH = _heads_first(_pad(k_BSKH, block)), _heads_first(_pad(v_BSKH, block))
@@ -120,10 +133,10 @@ def _backward(residuals, do_BTNH):
     gradients = jnp.zeros_like(q), jnp.zeros(k_BKSH.shape), jnp.zeros(v_BKSH.shape)
     dq, dk_BKSH, dv_BKSH = lax.fori_loop(0, q.shape[1] // block, query_block, gradients)
     dk, dv = (_heads_first(x)[:, :S] for x in (dk_BKSH, dv_BKSH))
-    return dq[:, :T], dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype), None, None
+    return dq[:, :T], dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype)
 
 
-blockwise_attention.defvjp(_forward_with_residuals, _backward)
+blockwise_attention.defvjp(_forward_with_residuals, _joint_backward)
 
 
 def _block_size(q_BTNH, k_BSKH) -> int:

@@ -1,4 +1,4 @@
-"""Attention by the GPU kernels of other libraries: tokamax, which takes the ranges, and cuDNN, where plain causal is exact.
+"""Attention by the GPU kernels of other libraries: tokamax, which takes ranges, and cuDNN, where plain causal is exact.
 
 Which of them may be used is decided by `attention.choose`.
 """
@@ -6,21 +6,26 @@ Which of them may be used is decided by `attention.choose`.
 import jax
 import jax.numpy as jnp
 
+from herd_jax.models.attention.ranges import Ranges, sees_something, visible
 
-def tokamax_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array, *, causal_rows: bool
-) -> jax.Array:
-    """Flash attention of tokamax over the keys `start <= s < end`; see `attention.attention` for the contract.
 
-    The public function of tokamax takes a dense mask only; its op layer takes the ranges, in a `Mask`. The forward kernels skip
-    the tiles outside the ranges. The backward kernel of Mosaic visits every tile, except above the diagonal of a causal mask: so
-    where the ranges end at the diagonal (`causal_rows`), they are passed as a causal mask with a start. The backward kernel of
-    Triton makes a dense boolean mask of the ranges.
+def tokamax_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges, *, causal_rows: bool) -> jax.Array:
+    """Flash attention of tokamax over the keys that the ranges let each query see; see `attention.attention` for the contract.
+
+    The public function of tokamax takes a dense mask only; its op layer takes one range, in a `Mask`. The forward kernels skip
+    the tiles outside it. The backward kernel of Mosaic visits every tile, except above the diagonal of a causal mask: so
+    where the range ends at the diagonal (`causal_rows`), it is passed as a causal mask with a start. The backward kernel of
+    Triton makes a dense boolean mask of the range. Several ranges are a dense boolean mask.
     """
     from tokamax._src.ops.attention.base import Mask  # optional: pip install 'herd-jax[gpu]'
 
-    sees_BT = start_BT < end_BT
-    if causal_rows:
+    sees_BT = sees_something(ranges)
+    start_BT, end_BT = ranges[0]
+    if len(ranges) > 1:
+        # A query that sees nothing is given the first key here: a row that is masked as a whole may be NaN.
+        seen_BTS = visible(ranges, k_BSKH.shape[1]) | (~sees_BT[..., None] & (jnp.arange(k_BSKH.shape[1]) == 0))
+        mask = Mask(seen_BTS[:, None])
+    elif causal_rows:
         # A query that sees nothing is given its own key here: a row masked by start and diagonal together is NaN in Mosaic.
         row_T = jnp.arange(q_BTNH.shape[1], dtype=start_BT.dtype)
         mask = Mask(k_start=jnp.where(sees_BT, start_BT, row_T)[:, None], is_causal=True)

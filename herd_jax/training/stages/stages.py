@@ -18,8 +18,6 @@ import optax
 from jax.experimental import multihost_utils
 
 from herd_jax.config import to_dict
-from herd_jax.data.batches import TrainingBatches
-from herd_jax.data.rows import check_vocabulary, open_streams
 from herd_jax.errors import StartAgain, UserError
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.reliability.timeline import Timeline
@@ -34,6 +32,7 @@ from herd_jax.training.stages.config import StageConfig
 from herd_jax.training.stages.decisions import Decisions, Verdict
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
+from herd_jax.training.task import Task
 
 
 class Gate(Protocol):
@@ -69,8 +68,8 @@ def devices_of(config: RunConfig) -> MeshConfig:
     return next((mesh for mesh in meshes if mesh.dp), dataclasses.replace(meshes[0], tp=1, pp=1, cp=math.lcm(*inner)))
 
 
-def train_stages(config: RunConfig, gate: Gate, initial: Initial | None = None) -> None:
-    """Trains a run to its end, stage by stage where it has stages; the same command goes on wherever it was interrupted.
+def train_stages(config: RunConfig, task: Task, gate: Gate, initial: Initial | None = None) -> None:
+    """Trains `task` in a run to its end, stage by stage where it has stages; the same command goes on wherever it was interrupted.
 
     Raises as `train`, and UserError where a stage has not passed the gate within the rounds that it may train on.
     """
@@ -78,22 +77,24 @@ def train_stages(config: RunConfig, gate: Gate, initial: Initial | None = None) 
     if not config.train.stages:
         if (workdir / STAGES).exists():
             raise UserError(f"{workdir} holds a run with stages and train.stages is empty: give them again, or another workdir")
-        return train(config, initial)
+        return train(config, task, initial)
     if (workdir / CHECKPOINTS).exists():
         raise UserError(f"{workdir} holds a run without stages: choose another workdir, and begin with that run by init_from={workdir}")
     stages = stage_configs(config)
-    _check(stages, gate)
+    _check(stages, task, gate)
     decisions, begin = Decisions(workdir), initial
     for number, stage in enumerate(stages, start=1):
         last = decisions.last(number)
         if last is None or last["verdict"] != "passed":
-            _train_until_passed(stages, number, begin, gate, decisions)
+            _train_until_passed(stages, task, number, begin, gate, decisions)
         elif number == len(stages) or not _has_begun(stages[number]):
-            train(_to_step(stage, last["steps"]), begin)  # there is nothing to do, but where its last checkpoint cannot be read
+            train(_to_step(stage, last["steps"]), task, begin)  # there is nothing to do, but where its last checkpoint cannot be read
         begin = _StageBefore(number, stage, decisions.last(number)["steps"])
 
 
-def _train_until_passed(stages: list[RunConfig], number: int, begin: Initial | None, gate: Gate, decisions: Decisions) -> None:
+def _train_until_passed(
+    stages: list[RunConfig], task: Task, number: int, begin: Initial | None, gate: Gate, decisions: Decisions
+) -> None:
     stage, last = stages[number - 1], decisions.last(number)
     limits, ramp = stage.train.gate, stage.train.ramp
     round_tokens = limits.round_tokens or -(-ramp.tokens_before(stage.train.num_steps) // 10)
@@ -105,7 +106,7 @@ def _train_until_passed(stages: list[RunConfig], number: int, begin: Initial | N
                 f"stage {number} of train.stages did not pass its gate ({last['reason']}), also after {decisions.num_rounds(number)} further "
                 "rounds of training: raise max_rounds of train.gate, or ask for less there, and the same command goes on"
             )
-        train(stage, begin)
+        train(stage, task, begin)
         num_steps = stage.train.num_steps
         with _watched_evaluation(stage), _ending_at_once():
             verdict = gate(stages, number, decisions.short_loss)
@@ -175,17 +176,14 @@ def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConf
     )
 
 
-def _check(stages: list[RunConfig], gate: Gate) -> None:
+def _check(stages: list[RunConfig], task: Task, gate: Gate) -> None:
     """Refuses before the first stage what would be refused when a later one begins."""
     fingerprint = None
     for number, stage in enumerate(stages, start=1):
         with _of_stage(number):
-            steps = build_steps(stage, make_mesh(stage.mesh))
-            streams, _ = open_streams(stage.data, "train"), open_streams(stage.data, "validation")
-            check_vocabulary(streams, steps.model.config.vocab_size)
-            TrainingBatches(stage.data, streams, stage.train.ramp, stage.seed, stage.train.num_steps, steps.batch_sharding)
-            fingerprint = fingerprint or streams[0].tokenizer_fingerprint
-            if streams[0].tokenizer_fingerprint != fingerprint:
+            tokenizer = task.open(stage, build_steps(stage, make_mesh(stage.mesh), task)).tokenizer
+            fingerprint = fingerprint or tokenizer.fingerprint
+            if tokenizer.fingerprint != fingerprint:
                 raise UserError("its data.sources were made with another tokenizer than those of the first stage: use the same one")
     gate.check(stages)
 

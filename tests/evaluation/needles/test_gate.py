@@ -11,6 +11,7 @@ from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
 from herd_jax.evaluation.needles.gate import StageGate, judge
 from herd_jax.training.config import RunConfig
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.stages.config import GateConfig
 from herd_jax.training.stages.stages import stage_configs, train_stages
 
@@ -70,14 +71,14 @@ LONG = {"seq_len": 128, "tokens": 8 * 128, "mesh": {"cp": 2, "dp": 4}, "rope_the
 def test_a_model_that_has_not_learned_is_held_back(data, tmp_path):
     """It finds no needle, trains on for a step, finds none, and the run stops before the long stage; asked for none, it gets there."""
     with pytest.raises(UserError, match=r"stage 1 .* needles: 0% found at 64 tokens, depth \d.*, and 100% are asked for\), also after 1 further"):
-        train_stages(config(data, tmp_path, SHORT, LONG), StageGate())
+        train_stages(config(data, tmp_path, SHORT, LONG), NEXT_TOKEN, StageGate())
     lines = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     assert [(line["verdict"], line["steps"]) for line in lines] == [("trains on", 4), ("stopped", 5)]
     assert lines[0]["needle_recall"] == {"64": {"0.0": 0.0, "0.5": 0.0, "1.0": 0.0}}
     assert not (tmp_path / "stages" / "2-128").exists()
     long = {**LONG, "gate": {"short_margin": 1e-9, "num_depths": 2, "num_samples": 1, "template": "record", "max_rounds": 0}}
     with pytest.raises(UserError, match="stage 2 .* needles: 0% found"):
-        train_stages(config(data, tmp_path, SHORT, long, needle_recall=0), StageGate())
+        train_stages(config(data, tmp_path, SHORT, long, needle_recall=0), NEXT_TOKEN, StageGate())
     lines = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()][2:]
     assert [(line["stage"], line["verdict"]) for line in lines] == [(1, "passed"), (2, "stopped")]
     assert list(lines[1]["needle_recall"]) == ["64", "128"]

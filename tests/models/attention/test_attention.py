@@ -69,9 +69,10 @@ def some_empty(ranges, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("implementation", "causal_rows"))
 def run(implementation, arrays, ranges, causal_rows=False):
-    """Output and gradients of q, k, v."""
+    """Output and gradients of q, k, v; `ranges` are a pair (start, end), or several pairs."""
     *qkv, do = arrays
-    o, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, *ranges, implementation, causal_rows=causal_rows), *qkv)
+    ranges = ranges if isinstance(ranges[0], tuple) else (tuple(ranges),)
+    o, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, ranges, implementation, causal_rows=causal_rows), *qkv)
     return o, *vjp(do)
 
 
@@ -95,7 +96,7 @@ def test_dense_equals_numpy_in_float64():
             weights = np.exp(keys @ np.float64(q)[b, t, n] / np.sqrt(H))
             expected[b, t, n] = weights @ values / weights.sum()
     assert (start >= end).any() and (start < end).any()
-    np.testing.assert_allclose(attention(q, k, v, start, end, "dense"), expected, atol=1e-6)
+    np.testing.assert_allclose(attention(q, k, v, ((start, end),), "dense"), expected, atol=1e-6)
 
 
 MASKS = {
@@ -126,6 +127,38 @@ def test_blockwise_equals_dense_for_any_ranges(B, T, S, K, G, seed):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(blockwise, "MAX_SCORES", 1)
         assert_equals_dense("blockwise", inputs(B, T, S, K * G, K, 8, seed), ranges)
+
+
+def several(B, T, S, number, seed=0):
+    """Ranges that do not overlap for any query; some are empty, and some queries see nothing in any."""
+    edges = np.sort(np.random.default_rng(seed).integers(0, S + 1, (2 * number, B, T)), axis=0).astype(np.int32)
+    edges[:, np.random.default_rng(seed + 1).random((B, T)) < 0.1] = 0
+    return tuple((edges[2 * i], edges[2 * i + 1]) for i in np.random.default_rng(seed).permutation(number))
+
+
+@pytest.mark.parametrize("T, S, number", [(1, 5, 2), (150, 150, 2), (70, 131, 3)])
+def test_blockwise_equals_dense_over_several_ranges(T, S, number):
+    assert_equals_dense("blockwise", inputs(2, T, S, 4, 2, 16), several(2, T, S, number))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ranges_of_different_rows_equal_one_row_of_all_keys(dtype):
+    """The keys of one row in two arrays: the same output, and each array's part of the gradients."""
+    q, k, v, do = inputs(2, 90, 150, 4, 2, 16, dtype=dtype)
+    (start, middle), (start_2, end) = several(2, 90, 150, 2, seed=3)
+    first, second = (np.minimum(start, 80), np.minimum(middle, 80)), (np.maximum(start_2, 80) - 80, np.maximum(end, 80) - 80)
+    in_one_row = tuple((low, high) for low, high in (first, tuple(edge + 80 for edge in second)))
+
+    def parts(q, k, v):
+        return blockwise.blockwise_attention(q, ((k[:, :80], v[:, :80], *first), (k[:, 80:], v[:, 80:], *second)))
+
+    o, vjp = jax.vjp(parts, q, k, v)
+    for name, x, y in zip(("o", "dq", "dk", "dv"), (o, *vjp(do)), run("dense", [q, k, v, do], in_one_row), strict=True):
+        np.testing.assert_allclose(np.float32(x), np.float32(y), atol=2e-5 if dtype == jnp.float32 else 0.05, rtol=0, err_msg=name)
+
+
+def test_tokamax_equals_dense_over_several_ranges(tokamax_on_cpu):
+    assert_equals_dense("tokamax", inputs(2, 70, 131, 4, 2, 16), several(2, 70, 131, 2))
 
 
 def test_blockwise_zigzag_parts_equal_the_whole_row():
@@ -184,7 +217,7 @@ def test_blockwise_does_not_compute_blocks_outside_the_ranges():
 def test_blockwise_memory_is_linear_in_sequence_length():
     def temporary_bytes(T):
         shapes = [jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.int32)] * 2
-        loss = jax.value_and_grad(lambda *args: attention(*args, "blockwise").sum(), argnums=(0, 1, 2))
+        loss = jax.value_and_grad(lambda q, k, v, start, end: attention(q, k, v, ((start, end),), "blockwise").sum(), argnums=(0, 1, 2))
         return jax.jit(loss).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8192) < 4.5 * temporary_bytes(2048)
@@ -207,7 +240,7 @@ def test_blockwise_inside_shard_map_scan_and_checkpoint():
     start, end = documents(4, 70)
 
     def layers(q, k, v, start, end):
-        layer = jax.checkpoint(lambda x, _: (attention(x, k, v, start, end, "blockwise"), None))
+        layer = jax.checkpoint(lambda x, _: (attention(x, k, v, ((start, end),), "blockwise"), None))
         return jax.lax.scan(layer, q, length=3)[0]
 
     def gradients(q, k, v, do, start, end):

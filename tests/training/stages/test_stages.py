@@ -19,6 +19,7 @@ from herd_jax.mesh import make_mesh
 from herd_jax.reliability.goodput import furthest_step, read_goodput
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.config import RunConfig, build_steps
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.optimizer import learning_rate
 from herd_jax.training.stages.decisions import Verdict
 from herd_jax.training.stages.stages import _StageBefore, devices_of, stage_configs, train_stages
@@ -75,7 +76,7 @@ def config(data, workdir, *stages, checkpoint=None, **train):
 def whole(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     judge = Judge()
-    train_stages(config(data, workdir), judge)
+    train_stages(config(data, workdir), NEXT_TOKEN, judge)
     assert judge.asked == [(1, 6, None), (2, 6, 1.06)]
     return workdir
 
@@ -91,7 +92,7 @@ def results(stage):
 def final_state(data, workdir, number, mesh=None):
     """Of a stage, on the mesh of another if it is named."""
     stages = stage_configs(config(data, workdir))
-    steps = build_steps(stages[number - 1], make_mesh((stages[number - 1] if mesh is None else stages[mesh - 1]).mesh))
+    steps = build_steps(stages[number - 1], make_mesh((stages[number - 1] if mesh is None else stages[mesh - 1]).mesh), NEXT_TOKEN)
     checkpointer = Checkpointer(f"{stages[number - 1].workdir}/checkpoints", keep=3)
     restored = checkpointer.restore(steps.plan.abstract_canonical())
     checkpointer.close()
@@ -126,7 +127,7 @@ def test_decisions_are_recorded(whole):
 def test_a_stage_begins_with_the_state_of_the_one_before(data, whole):
     """Every parameter and moment, on the new mesh; the steps of the schedule begin anew, the age of the moments does not."""
     stages = stage_configs(config(data, whole))
-    steps = build_steps(stages[1], make_mesh(stages[1].mesh))
+    steps = build_steps(stages[1], make_mesh(stages[1].mesh), NEXT_TOKEN)
     begun = steps.plan.to_canonical(_StageBefore(1, stages[0], 6).load_state(steps, seed=5))
     step, ended = final_state(data, whole, 1, mesh=2)
     assert step == 6 and int(begun.step) == 0
@@ -151,7 +152,7 @@ def killed(whole, workdir, step):
 @pytest.mark.parametrize("step", [0, 4])
 def test_killed_in_the_second_stage(step, data, whole, tmp_path):
     workdir, judge = killed(whole, tmp_path / "run", step), Judge()
-    train_stages(config(data, workdir), judge)
+    train_stages(config(data, workdir), NEXT_TOKEN, judge)
     assert judge.asked == [(2, 6, 1.06)]
     assert results(workdir / "stages" / "2-64") == results(whole / "stages" / "2-64")
     assert_same(final_state(data, workdir, 2), final_state(data, whole, 2))
@@ -163,13 +164,13 @@ def test_the_last_checkpoint_of_a_passed_stage_is_damaged(data, whole, tmp_path)
     files = (workdir / "stages" / "1-32" / "checkpoints" / "6" / "state").rglob("*")
     largest = max(files, key=lambda path: path.stat().st_size * path.is_file())
     os.truncate(largest, largest.stat().st_size // 2)
-    train_stages(config(data, workdir), Judge())
+    train_stages(config(data, workdir), NEXT_TOKEN, Judge())
     assert_same(final_state(data, workdir, 2), final_state(data, whole, 2))
 
 
 def test_a_finished_run_has_nothing_to_do(data, whole, capsys):
     judge, before = Judge(), (whole / "stages.jsonl").read_text()
-    train_stages(config(data, whole), judge)
+    train_stages(config(data, whole), NEXT_TOKEN, judge)
     assert "nothing to do: 6 steps are done" in capsys.readouterr().out
     assert not judge.asked and (whole / "stages.jsonl").read_text() == before
 
@@ -196,7 +197,7 @@ def test_the_gate_holds_back_until_the_limit(data, tmp_path, capsys):
     run = config(data, tmp_path / "run", SHORT, LONG, gate=limits, checkpoint=local)
     judge = Judge(9, 0)
     with pytest.raises(UserError, match=r"stage 1 of train.stages did not pass its gate \(it has not learned\), also after 2 further"):
-        train_stages(run, judge)
+        train_stages(run, NEXT_TOKEN, judge)
     assert [step for _, step, _ in judge.asked] == [6, 7, 8]
     assert "stage 1, 32 tokens, step 6: trains on to step 7: it has not learned" in capsys.readouterr().out
     decisions = lines(tmp_path / "run" / "stages.jsonl")
@@ -204,9 +205,9 @@ def test_the_gate_holds_back_until_the_limit(data, tmp_path, capsys):
         ("trains on", 6, 7), ("trains on", 7, 8), ("stopped", 8, None),
     ]  # fmt: skip
     with pytest.raises(UserError, match="also after 2 further"):
-        train_stages(run, judge)
+        train_stages(run, NEXT_TOKEN, judge)
     assert len(judge.asked) == 3  # nothing has changed, so it is not asked again
-    train_stages(config(data, tmp_path / "run", SHORT, LONG, gate={**limits, "max_rounds": 3}, checkpoint=local), judge)
+    train_stages(config(data, tmp_path / "run", SHORT, LONG, gate={**limits, "max_rounds": 3}, checkpoint=local), NEXT_TOKEN, judge)
     assert judge.asked[3:] == [(1, 8, None), (1, 9, None), (2, 6, 1.09)]
     assert [line["verdict"] for line in lines(tmp_path / "run" / "stages.jsonl")[3:]] == ["trains on", "passed", "passed"]
     assert not list((tmp_path / "local").iterdir())  # no stage that has passed leaves any there
@@ -215,10 +216,10 @@ def test_the_gate_holds_back_until_the_limit(data, tmp_path, capsys):
 def test_a_stage_annealed_to_0_does_not_train_on(data, whole, tmp_path):
     workdir, annealed = killed(whole, tmp_path / "run", 0), {**LONG, "tokens": 512 * 3, "final_learning_rate": 0.0}
     with pytest.raises(UserError, match="stage 2 of train.stages did not pass its gate .* after 0 further rounds"):
-        train_stages(config(data, workdir, SHORT, annealed), Judge(0, 9))
+        train_stages(config(data, workdir, SHORT, annealed), NEXT_TOKEN, Judge(0, 9))
     assert [line["learning_rate"] for line in results(workdir / "stages" / "2-64")] == pytest.approx([1e-3, 2e-3, 0])
     passes = {"short_margin": 1.0}  # asked for something else, it is asked again
-    train_stages(config(data, workdir, SHORT, {**annealed, "gate": passes}), Judge(0, 3))
+    train_stages(config(data, workdir, SHORT, {**annealed, "gate": passes}), NEXT_TOKEN, Judge(0, 3))
     assert [line["verdict"] for line in lines(workdir / "stages.jsonl")] == ["passed", "stopped", "passed"]
 
 
@@ -230,9 +231,9 @@ def test_a_signal_at_the_gate(number, error, data, whole, tmp_path):
 
     workdir, handler = killed(whole, tmp_path / "run", 6), signal.getsignal(number)
     with pytest.raises(error, match="the same command continues there"):
-        train_stages(config(data, workdir), Told())
+        train_stages(config(data, workdir), NEXT_TOKEN, Told())
     assert signal.getsignal(number) is handler
-    train_stages(config(data, workdir), Judge())
+    train_stages(config(data, workdir), NEXT_TOKEN, Judge())
     assert len(lines(workdir / "stages.jsonl")) == 2
 
 
@@ -249,7 +250,7 @@ def test_a_gate_that_hangs_is_ended(data, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("herd_jax.training.stages.stages.train", lambda *_: None)  # there is nothing to do
     workdir = killed(whole, tmp_path / "run", 6)
     with pytest.raises(UserError, match="as if it were not the end"):
-        train_stages(config(data, workdir, watchdog={"other_seconds": 0.5}), Hanging())
+        train_stages(config(data, workdir, watchdog={"other_seconds": 0.5}), NEXT_TOKEN, Hanging())
     record = next((workdir / "stages" / "2-64" / "flight").glob("step-6-*.txt")).read_text()
     assert "in phase 'evaluation' after step 6: no progress for" in record
 
@@ -301,7 +302,7 @@ def test_devices_of_all_stages(meshes, devices, data):
 
 def refusal(data, workdir, *stages, **train):
     with pytest.raises(UserError) as error:
-        train_stages(config(data, workdir, *stages, **train), Judge())
+        train_stages(config(data, workdir, *stages, **train), NEXT_TOKEN, Judge())
     text = str(error.value)
     assert "\n" not in text and not text.endswith(".") and ". " not in text, f"not one sentence: {text}"
     return text
@@ -341,7 +342,7 @@ def test_a_workdir_of_another_kind_of_run(data, whole, tmp_path):
     assert "holds a run without stages" in refusal(data, tmp_path)
     alone = parse(RunConfig, {"workdir": str(whole), "data": {"sources": str(data)}})
     with pytest.raises(UserError, match="holds a run with stages"):
-        train_stages(alone, Judge())
+        train_stages(alone, NEXT_TOKEN, Judge())
 
 
 def test_mixture_phases_belong_to_one_stage(data, tmp_path):

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from herd_jax.models.llama import look_up, rms_norm
+from herd_jax.models.layers import look_up, rms_norm
 
 NUM_TOKENS = 4096  # BF16 has 8 bits: a sum of ones in it ends at 256
 

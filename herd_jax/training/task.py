@@ -1,0 +1,54 @@
+"""A task: what is trained. The steps, the loop, the stages and the checkpoints are the same for every task.
+
+A batch is a dict of arrays on the mesh: the fields that the model reads (`herd_jax.models.llama.INPUTS`), and those of the task, which
+reach its objective as they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import PartitionSpec
+
+from herd_jax.data.batches import HostBatch
+from herd_jax.data.ramp import Phase, Ramp
+from herd_jax.text.tokenizer import Tokenizer
+
+PyTree = Any
+Fields = Mapping[str, jax.Array]
+
+
+class Objective(Protocol):
+    def __call__(self, hidden_BTD: jax.Array, output_DV: jax.Array, fields: Fields) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns, of one device's share of a micro-batch, the scalar to minimise and the sums that are logged, "loss" among them.
+
+        Fields are [B, T] a token, [B] a row. Sums over all micro-batches and over (dp, cp) are those of the batch, so what cp ranks know
+        alike counts on each of them as 1 / cp. Values are equal on every tp rank.
+        """
+
+
+class TaskData(Protocol):
+    """What a run reads for a task."""
+
+    ramp: Ramp
+    tokenizer: Tokenizer
+    num_tokens: int  # of the training data
+
+    def iterate(self, first_step: int) -> Iterator[HostBatch]:
+        """The batches from `first_step` on, each a function of (seed, step)."""
+
+    def validate(self, params: PyTree, phase: Phase) -> dict[str, float]:
+        """Metrics on held-out data, "val_loss" among them, in batches of the shape of `phase`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """`objective(vocab_size, weight)` weights what is minimised and not what is logged, so that with weight 1 / (`count` of the whole batch)
+    the scalars of all devices and micro-batches sum to the mean loss, however the batch is cut."""
+
+    name: str
+    fields: Mapping[str, PartitionSpec]  # of a batch, those that the model reads among them: data.batches.TOKENS or ROWS
+    objective: Callable[[int, jax.Array | float], Objective]
+    count: Callable[[Fields], jax.Array]  # a device's share of a batch -> its share of what a mean is over (targets, rows, pairs), FP32
+    open: Callable[[Any, Any], TaskData]  # (RunConfig, Steps) -> what the run reads. Raises UserError for data that does not fit
