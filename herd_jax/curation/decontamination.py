@@ -7,17 +7,19 @@ all. Each task notes which n-grams of the index its documents hold; `report` uni
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.benchmark_items import Benchmark, read_items
 from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.text import words
 from herd_jax.errors import UserError
-from herd_jax.files import whole_file
+from herd_jax.files import whole_file, write_whole
 
 NGRAM = 8
 _MAX_TABLE_BITS = 24
@@ -144,6 +146,20 @@ class Index:
         return np.concatenate([[0], np.cumsum(np.bincount(self.entries_O, minlength=len(self.hashes_K)))])
 
 
+class BuildIndex(PipelineStep):
+    """Saves the index of the benchmarks' n-grams."""
+
+    type = "index"
+    name = "benchmarks"
+
+    def __init__(self, config: DecontaminationConfig, target: Path):
+        super().__init__()
+        self._config, self._target = config, target
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        Index.build(self._config.benchmarks).save(self._target)
+
+
 class Decontaminate(Block):
     """Drops for "contains_BENCHMARK"; writes the entries that a task's kept documents hold into `HITS/TASK.npy`.
 
@@ -213,3 +229,27 @@ def table(report: Sequence[Contamination]) -> str:
         counts = "".join(f"{found.items_at(threshold):>9,}" for threshold in THRESHOLDS)
         lines.append(f"{found.name:<{width}}{len(found.coverage_I):>9,}{found.coverage_I.mean():>8.1%}{counts}")
     return "\n".join(lines)
+
+
+class ReportContamination(PipelineStep):
+    """Writes, of each benchmark, its items, the mean share of their tokens that the corpus covers, and the items at each threshold."""
+
+    type = "report"
+    name = "contamination"
+
+    def __init__(self, index: Path, hits: Path, target: Path):
+        super().__init__()
+        self._index, self._hits, self._target = index, hits, target
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        found = report(Index.load(self._index), sorted(self._hits.glob("*.npy")))
+        rows = [
+            {
+                "benchmark": one.name,
+                "items": len(one.coverage_I),
+                "mean_coverage": float(one.coverage_I.mean()),
+                "items_at": {f"{threshold:.0%}": one.items_at(threshold) for threshold in THRESHOLDS},
+            }
+            for one in found
+        ]
+        write_whole(self._target, json.dumps(rows, indent=1))

@@ -1,19 +1,25 @@
 """The training mix: how many tokens of each source to train on, when, and how often that repeats them (sections 3.1.2 and 3.1.3).
 
-`plan` fits the tokens that there are to the shares that are wanted; `training_config` writes what `python -m herd_jax.train` reads.
+`plan` fits the tokens that there are to the shares that are wanted; `training_config` writes what `python -m herd_jax.train` reads; `PlanMix`
+does both for the streams of a run.
 """
 
 import dataclasses
+import json
 import math
 import pprint
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datatrove.pipeline.base import PipelineStep
+
+from herd_jax.curation.streams import HIGH
 from herd_jax.data.ramp import Phase, Ramp
-from herd_jax.data.streams import TokenStream
+from herd_jax.data.streams import HEADER, TokenStream
 from herd_jax.errors import UserError
-from herd_jax.files import user_path
+from herd_jax.files import user_path, write_whole
+from herd_jax.text.tokenizer import load_tokenizer
 
 SHARES = {"general": 0.50, "math_and_reasoning": 0.25, "code": 0.17, "multilingual": 0.08}  # section 3.1.2
 MAX_EPOCHS = 4.0  # ours: repeats up to here are worth about as much as new text (Muennighoff et al., 2023)
@@ -198,6 +204,39 @@ def training_config(mix: Mix, file: Path, run: Mapping[str, Any]) -> None:
     file.write_text(f'"""A training run on this mix:\n\n{table}\n"""\n\nCONFIG = {literal}\n\n\ndef get_config():\n    return CONFIG\n')
 
 
+class PlanMix(PipelineStep):
+    """Writes `mix.json` and `train.py`, a config for `python -m herd_jax.train`, of the streams that can be trained on and validated; no
+    `train.py` where there are none."""
+
+    type = "mix"
+    name = "mix"
+
+    def __init__(self, config: MixConfig, streams: Path, high_quality: float | None, workdir: Path):
+        super().__init__()
+        self._config, self._streams, self._high_quality, self._workdir = config, streams, high_quality, workdir
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        sources = []
+        for directory in sorted(self._streams.glob("*")):
+            quality = self._high_quality if directory.name.endswith(HIGH) else None
+            if all(_num_tokens(directory / split) for split in ("train", "validation")):  # a single document leaves one empty
+                sources.append(MixSource.open(str(directory), directory.name.split("-")[0], quality))
+        if not sources:
+            table = "no mix: no category has two documents, one to train and one to validate on"
+            write_whole(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))
+            return
+        mix = plan(sources, self._config)
+        phases = [
+            {"from_tokens": p.from_tokens, "to_tokens": p.to_tokens, "shares": p.shares, "drawn": {source.path: n for source, n in p.drawn.items()}}
+            for p in mix.phases
+        ]
+        epochs = {source.path: value for source, value in mix.epochs().items()}
+        write_whole(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "table": str(mix)}, indent=1))
+        model = {"name": "llama-5m", "vocab_size": load_tokenizer(self._streams.parent / "tokenizer").vocab_size}
+        run = {"workdir": str(self._workdir / "model"), "model": model, "train": {"global_batch_size": 8, "seq_len": 256}}
+        training_config(mix, self._workdir / "train.py", run)
+
+
 def _fill(total: float, weights: Mapping[Any, float], caps: Mapping[Any, float]) -> dict[Any, float]:
     """Shares `total` out by weight, to none more than its cap; what one cannot take goes to the others in proportion."""
     amounts, takers = {}, list(weights)
@@ -245,3 +284,7 @@ def _count(tokens: float) -> str:
         if tokens >= size:
             return f"{tokens / size:.4g}{unit}"
     return f"{tokens:.0f}"
+
+
+def _num_tokens(stream: Path) -> int:
+    return sum(json.loads((stream / HEADER).read_text())["shard_tokens"])
