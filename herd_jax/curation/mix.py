@@ -36,13 +36,13 @@ class MixSource:
 
     @classmethod
     def open(cls, path: str, category: str, quality: float | None = None) -> "MixSource":
-        """Raises UserError where no readable token stream is there."""
+        """Opens a token stream. Raises UserError where no readable token stream is there."""
         return cls(path, category, TokenStream(user_path(path) / "train").num_tokens, quality)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixTarget:
-    """From `from_tokens` tokens of training on: the share of each category (relative).
+    """What is wanted from `from_tokens` tokens of training on: the share of each category (relative).
 
     Within a category all tokens are drawn equally often, but `upsample` times as often where the source's quality is `min_quality` or more:
     an annealing set is the last target, with shares of its own.
@@ -63,16 +63,16 @@ class MixTarget:
             raise UserError(f"curation mix upsample is {self.upsample}: it must be positive and finite")
 
     def weight(self, source: MixSource) -> float:
-        """Of the source within its category."""
+        """Returns the weight of the source within its category."""
         is_good = self.min_quality is not None and source.quality is not None and source.quality >= self.min_quality
         return source.tokens * (self.upsample if is_good else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
-    """`max_epochs`: how often a token is read at most in the whole run, for all categories or by category (one not named has no limit).
+    """`max_epochs` is how often a token is read at most in the whole run, for all categories or by category (one not named has no limit).
 
-    `total_tokens` none: as many as all categories can give in their shares of the last target.
+    Without `total_tokens` they are as many as all categories can give in their shares of the last target.
     """
 
     targets: tuple[MixTarget, ...] = (MixTarget(),)
@@ -111,11 +111,11 @@ class PlannedPhase:
         return sum(tokens for source, tokens in self.drawn.items() if source.category == category)
 
     def weights(self) -> dict[str, float]:
-        """Each source's share of the tokens, by path."""
+        """Returns each source's share of the tokens, by path."""
         return {source.path: float(f"{tokens / self.tokens:.6g}") for source, tokens in self.drawn.items() if tokens > 0}
 
     def short(self) -> dict[str, float]:
-        """Tokens by which categories miss their shares of what is trained on in this phase."""
+        """Returns the tokens by which categories miss their shares of what is trained on in this phase."""
         missing = {name: share * self.tokens - self.drawn_of(name) for name, share in self.shares.items()}
         return {name: tokens for name, tokens in missing.items() if tokens > 0.5}
 
@@ -130,17 +130,17 @@ class Mix:
         return self.phases[-1].to_tokens
 
     def epochs(self) -> dict[MixSource, float]:
-        """How often the whole run reads each source."""
+        """Returns how often the whole run reads each source."""
         return {source: sum(phase.drawn[source] for phase in self.phases) / source.tokens for source in self.phases[0].drawn}
 
     def data(self) -> dict[str, Any]:
-        """`data.sources` and `data.phases` of training."""
+        """Returns `data.sources` and `data.phases` of training."""
         first, *later = self.phases
         phases = tuple({"from_tokens": phase.from_tokens, "sources": phase.weights()} for phase in later)
         return {"sources": first.weights(), "phases": phases}
 
     def __str__(self) -> str:
-        """A table for each phase, what could not be met, and how often the run reads each source."""
+        """Returns a table for each phase, what could not be met, and how often the run reads each source."""
         lines = []
         for phase in self.phases:
             lines += [f"from {_count(phase.from_tokens)} to {_count(phase.to_tokens)} tokens", *_rows(phase), *_shortfalls(phase), ""]
@@ -154,8 +154,8 @@ class Mix:
 
 
 def plan(sources: Sequence[MixSource], config: MixConfig) -> Mix:
-    """Tokens of each source in each phase: the shares wanted as far as `max_epochs` allows; what a category, or a source, cannot give the
-    others give in proportion to their shares.
+    """Plans the tokens of each source in each phase: the shares wanted as far as `max_epochs` allows; what a category, or a source, cannot give
+    the others give in proportion to their shares.
 
     Raises UserError for a source named twice, where there is nothing to draw from, or where a phase that is not the last cannot be filled.
     """
@@ -251,7 +251,7 @@ def _fill(total: float, weights: Mapping[Any, float], caps: Mapping[Any, float])
 
 
 def _most_in_shares(shares: Mapping[str, float], can_give: Mapping[str, float]) -> int:
-    """The most tokens of which each category that has any can give its share."""
+    """Returns the most tokens of which each category that has any can give its share."""
     there = {name: share for name, share in shares.items() if can_give[name]}
     most = min(can_give[name] / share for name, share in there.items()) * sum(there.values())
     if math.isinf(most):

@@ -132,11 +132,11 @@ class CurationPlan:
         ]
 
     def _mapping(self, name: str, steps: list[PipelineStep]) -> Phase:
-        """A phase over the tasks of the input."""
+        """Returns a phase over the tasks of the input."""
         return Phase(name, steps, len(self.tasks))
 
     def _judging(self, name: str, steps: list[PipelineStep]) -> Phase:
-        """A mapping whose blocks log what they drop."""
+        """Returns a mapping whose blocks log what they drop."""
         return self._mapping(name, [*steps, DropLog(self.workdir / "dropped" / name, steps)])
 
     def _reducing(self, target: str, source: str, function) -> Phase:

@@ -19,7 +19,7 @@ SAMPLE_FILES = 64  # a trained tokenizer sees the beginnings of at most so many 
 
 
 def load_ending(tokenizer: str | Path) -> Tokenizer:
-    """The tokenizer, which has an end token. Raises UserError where it has none or cannot be loaded."""
+    """Returns the tokenizer, which has an end token. Raises UserError where it has none or cannot be loaded."""
     found = load_tokenizer(tokenizer)
     if found.eos_id is None:
         raise UserError(f"tokenizer {tokenizer} has no end token: name it as eos_token in a tokenizer_config.json beside it")
@@ -103,7 +103,7 @@ class Tokenize(PipelineStep):
 
 
 class Join(PipelineStep):
-    """Of n tasks, the i-th joins the parts of every n-th stream to `TARGET/STREAM/train` and `validation`."""
+    """The i-th of n tasks joins the parts of every n-th stream to `TARGET/STREAM/train` and `validation`."""
 
     type = "tokens"
     name = "join"
