@@ -195,7 +195,7 @@ def _evaluation(args: argparse.Namespace):
 
 
 def _mesh(args: argparse.Namespace, dp: int = 1):
-    """The mesh that is asked for, with `dp` where that is left open; None where all is."""
+    """Returns the mesh that is asked for, with `dp` where that is left open; None where all is."""
     from herd_jax.mesh import MeshConfig
 
     sizes = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "dp") if getattr(args, axis) is not None}

@@ -28,7 +28,7 @@ class Benchmark:
 
 
 def read_items(benchmark: Benchmark) -> Iterator[str]:
-    """The text of each item; raises UserError for a file that cannot be read or has no items, or an item without one of the fields."""
+    """Yields the text of each item; raises UserError for a file that cannot be read or has no items, or an item without one of the fields."""
     path, number = user_path(benchmark.path), 0
     try:
         for number, record in enumerate(_records(path), start=1):

@@ -39,7 +39,7 @@ class Block(BaseFilter):
         yield from self.sift(data, self.filter)
 
     def sift(self, data: Iterable[Document], judge) -> Iterator[Document]:
-        """The documents that `judge` keeps; counts and logs the others."""
+        """Yields the documents that `judge` keeps; counts and logs the others."""
         # Counted here and not per document: datatrove's statistics cost more than most blocks.
         reasons: Counter[str] = Counter()
         total = characters = 0
@@ -102,6 +102,6 @@ class DropLog(PipelineStep):
 
 
 def task_file(directory: Path, task: int, suffix: str) -> Path:
-    """What a task writes in a directory, which is made."""
+    """Returns the file that a task writes in a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
     return directory / f"{task:05d}.{suffix}"

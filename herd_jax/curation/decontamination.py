@@ -7,17 +7,19 @@ all. Each task notes which n-grams of the index its documents hold; `report` uni
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.benchmark_items import Benchmark, read_items
 from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.text import words
 from herd_jax.errors import UserError
-from herd_jax.files import whole_file
+from herd_jax.files import whole_file, write_whole
 
 NGRAM = 8
 _MAX_TABLE_BITS = 24
@@ -26,7 +28,7 @@ THRESHOLDS = (0.2, 0.5, 0.8, 1.0)  # of the report: the paper chooses one for ea
 
 @dataclasses.dataclass(frozen=True)
 class DecontaminationConfig:
-    """`drop_at`: documents go that by themselves hold at least this share of the tokens of an item of 8 or more; none: report only."""
+    """Documents go that by themselves hold at least the share `drop_at` of the tokens of an item of 8 or more; without it none do."""
 
     benchmarks: tuple[Benchmark, ...] = ()
     drop_at: float | None = None
@@ -51,7 +53,7 @@ class Index:
 
     @classmethod
     def build(cls, benchmarks: Sequence[Benchmark]) -> "Index":
-        """Raises UserError where a benchmark cannot be read or has no items."""
+        """Indexes the items of the benchmarks. Raises UserError where a benchmark cannot be read or has no items."""
         grams, num_tokens, benchmark_of = [np.empty(0, np.uint64)], [], []
         for number, benchmark in enumerate(benchmarks):
             for text in read_items(benchmark):
@@ -65,7 +67,7 @@ class Index:
         return cls(names, np.array(benchmark_of, np.int32), np.array(num_tokens, np.int32), hashes_K, entries_O.astype(np.int32))
 
     def save(self, path: Path) -> None:
-        """The same bytes for the same items."""
+        """Writes the index to a file: the same bytes for the same items."""
         with whole_file(path) as file:
             np.savez(
                 file,
@@ -82,7 +84,7 @@ class Index:
             return cls(**arrays)
 
     def find(self, tokens: np.ndarray) -> np.ndarray:
-        """The entries, ascending, whose n-grams are among those of a document's folded words."""
+        """Returns the entries, ascending, whose n-grams are among those of a document's folded words."""
         found = [np.empty(0, np.int64)]
         for n in self._lengths:
             grams = words.ngrams(tokens, n)
@@ -92,7 +94,7 @@ class Index:
         return np.unique(np.concatenate(found))
 
     def coverage(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The items that hold any of these n-grams, ascending, and the share of the tokens of each that lie in one of them."""
+        """Returns the items that hold any of these n-grams, ascending, and the share of the tokens of each that lie in one of them."""
         firsts, ends = self._first_posting[entries], self._first_posting[entries + 1]
         counts = ends - firsts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -114,7 +116,7 @@ class Index:
 
     @functools.cached_property
     def _begins(self) -> np.ndarray:
-        """Whether some n-gram of the index begins with these bits."""
+        """Returns whether some n-gram of the index begins with these bits."""
         table = np.zeros(1 << (64 - int(self._shift)), bool)
         table[self.hashes_K >> self._shift] = True
         return table
@@ -129,19 +131,33 @@ class Index:
 
     @functools.cached_property
     def _start_O(self) -> np.ndarray:
-        """The token at which each n-gram begins, counted through all items: int64 [O]."""
+        """Returns the token at which each n-gram begins, counted through all items: int64 [O]."""
         first_token_I = np.cumsum(self.num_tokens_I, dtype=np.int64) - self.num_tokens_I
         first_gram_I = np.cumsum(self._num_grams_I, dtype=np.int64) - self._num_grams_I
         return np.arange(len(self.entries_O)) + (first_token_I - first_gram_I)[self._item_O]
 
     @functools.cached_property
     def _postings(self) -> np.ndarray:
-        """The occurrences of entry 0, then of entry 1, ...: int64 [O]."""
+        """Returns the occurrences of entry 0, then of entry 1, ...: int64 [O]."""
         return np.argsort(self.entries_O, kind="stable")
 
     @functools.cached_property
     def _first_posting(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(np.bincount(self.entries_O, minlength=len(self.hashes_K)))])
+
+
+class BuildIndex(PipelineStep):
+    """Saves the index of the benchmarks' n-grams."""
+
+    type = "index"
+    name = "benchmarks"
+
+    def __init__(self, config: DecontaminationConfig, target: Path):
+        super().__init__()
+        self._config, self._target = config, target
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        Index.build(self._config.benchmarks).save(self._target)
 
 
 class Decontaminate(Block):
@@ -184,18 +200,19 @@ class Decontaminate(Block):
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """Of one benchmark: `coverage_I`, the share of each item's tokens that lie in n-grams of the corpus, in the order of its items."""
+    """How much of a benchmark the corpus holds: `coverage_I` is the share of each item's tokens that lie in n-grams of the corpus, in the
+    order of its items."""
 
     name: str
     coverage_I: np.ndarray
 
     def items_at(self, threshold: float) -> int:
-        """Items of which at least this share is covered."""
+        """Returns the number of items of which at least this share is covered."""
         return int((self.coverage_I >= threshold).sum())
 
 
 def report(index: Index, hit_files: Iterable[Path]) -> list[Contamination]:
-    """The contamination of each benchmark by the documents of all tasks."""
+    """Returns the contamination of each benchmark by the documents of all tasks."""
     seen = np.zeros(len(index.hashes_K), bool)
     for file in hit_files:
         seen[np.load(file)] = True
@@ -206,10 +223,35 @@ def report(index: Index, hit_files: Iterable[Path]) -> list[Contamination]:
 
 
 def table(report: Sequence[Contamination]) -> str:
-    """A line a benchmark: items, the mean share of their tokens that is covered, and the items at or above each of `THRESHOLDS`."""
+    """Returns a line for each benchmark: items, the mean share of their tokens that is covered, and the items at or above each of
+    `THRESHOLDS`."""
     width = max([len("benchmark"), *(len(found.name) for found in report)])
     lines = [f"{'benchmark':<{width}}    items    mean" + "".join(f"  >= {threshold:>4.0%}" for threshold in THRESHOLDS)]
     for found in report:
         counts = "".join(f"{found.items_at(threshold):>9,}" for threshold in THRESHOLDS)
         lines.append(f"{found.name:<{width}}{len(found.coverage_I):>9,}{found.coverage_I.mean():>8.1%}{counts}")
     return "\n".join(lines)
+
+
+class ReportContamination(PipelineStep):
+    """Writes, of each benchmark, its items, the mean share of their tokens that the corpus covers, and the items at each threshold."""
+
+    type = "report"
+    name = "contamination"
+
+    def __init__(self, index: Path, hits: Path, target: Path):
+        super().__init__()
+        self._index, self._hits, self._target = index, hits, target
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        found = report(Index.load(self._index), sorted(self._hits.glob("*.npy")))
+        rows = [
+            {
+                "benchmark": one.name,
+                "items": len(one.coverage_I),
+                "mean_coverage": float(one.coverage_I.mean()),
+                "items_at": {f"{threshold:.0%}": one.items_at(threshold) for threshold in THRESHOLDS},
+            }
+            for one in found
+        ]
+        write_whole(self._target, json.dumps(rows, indent=1))

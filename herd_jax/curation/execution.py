@@ -72,7 +72,7 @@ def run_phases(phases: Sequence[Phase], executor: str, workers: int, cluster: Cl
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, but for who runs the tasks."""
+    """datatrove's executor, but for who runs the tasks."""
 
     def __init__(self, phase: Phase, directory: Path):
         super().__init__(list(phase.pipeline), phase.num_tasks, logging_dir=str(directory))
@@ -102,7 +102,7 @@ class LocalExecutor(LocalPipelineExecutor):
 
 
 def _run_here(executors: Sequence[LocalExecutor], workers: int, workdir: Path) -> None:
-    """In this process with one worker, else in processes that serve all phases, are missed when they die, and end with this one."""
+    """Runs tasks in this process with one worker, else in processes that serve all phases, are missed when they die, and end with this one."""
     columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))

@@ -84,7 +84,7 @@ class Language(Block):
         return True
 
     def _identify(self, text: str) -> tuple[str, float]:
-        """The language with the most letters, each counted with the probability of its line's language, and its share of all letters."""
+        """Returns the language with the most letters, each counted with the probability of its line's language, and its share of all letters."""
         weights: Counter[str] = Counter()
         num_letters = 0
         for line in _sample(text):
@@ -100,7 +100,7 @@ class Language(Block):
 
     @functools.cached_property
     def _predict(self) -> Callable[[str, int, float, str], list[tuple[float, str]]]:
-        """(line, number of labels, least score, on error) -> (score, label) of each.
+        """Returns the function (line, number of labels, least score, on error) -> (score, label) of each.
 
         fastText's own method below its Python wrapper, since the wrapper of the package `fasttext` fails with numpy 2.
         """
@@ -123,7 +123,7 @@ class Language(Block):
 
 
 def _sample(text: str) -> list[str]:
-    """The lines of windows at equal distances from the beginning to the end."""
+    """Returns the lines of windows at equal distances from the beginning to the end."""
     if len(text) > WINDOWS * WINDOW_CHARACTERS:
         starts = ((len(text) - WINDOW_CHARACTERS) * index // (WINDOWS - 1) for index in range(WINDOWS))
         text = "\n".join(text[start : start + WINDOW_CHARACTERS] for start in starts)

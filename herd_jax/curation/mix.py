@@ -1,19 +1,25 @@
 """The training mix: how many tokens of each source to train on, when, and how often that repeats them (sections 3.1.2 and 3.1.3).
 
-`plan` fits the tokens that there are to the shares that are wanted; `training_config` writes what `python -m herd_jax.train` reads.
+`plan` fits the tokens that there are to the shares that are wanted; `training_config` writes what `python -m herd_jax.train` reads; `PlanMix`
+does both for the streams of a run.
 """
 
 import dataclasses
+import json
 import math
 import pprint
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datatrove.pipeline.base import PipelineStep
+
+from herd_jax.curation.streams import HIGH
 from herd_jax.data.ramp import Phase, Ramp
-from herd_jax.data.streams import TokenStream
+from herd_jax.data.streams import HEADER, TokenStream
 from herd_jax.errors import UserError
-from herd_jax.files import user_path
+from herd_jax.files import user_path, write_whole
+from herd_jax.text.tokenizer import load_tokenizer
 
 SHARES = {"general": 0.50, "math_and_reasoning": 0.25, "code": 0.17, "multilingual": 0.08}  # section 3.1.2
 MAX_EPOCHS = 4.0  # ours: repeats up to here are worth about as much as new text (Muennighoff et al., 2023)
@@ -30,13 +36,13 @@ class MixSource:
 
     @classmethod
     def open(cls, path: str, category: str, quality: float | None = None) -> "MixSource":
-        """Raises UserError where no readable token stream is there."""
+        """Opens a token stream. Raises UserError where no readable token stream is there."""
         return cls(path, category, TokenStream(user_path(path) / "train").num_tokens, quality)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixTarget:
-    """From `from_tokens` tokens of training on: the share of each category (relative).
+    """What is wanted from `from_tokens` tokens of training on: the share of each category (relative).
 
     Within a category all tokens are drawn equally often, but `upsample` times as often where the source's quality is `min_quality` or more:
     an annealing set is the last target, with shares of its own.
@@ -57,16 +63,16 @@ class MixTarget:
             raise UserError(f"curation mix upsample is {self.upsample}: it must be positive and finite")
 
     def weight(self, source: MixSource) -> float:
-        """Of the source within its category."""
+        """Returns the weight of the source within its category."""
         is_good = self.min_quality is not None and source.quality is not None and source.quality >= self.min_quality
         return source.tokens * (self.upsample if is_good else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
-    """`max_epochs`: how often a token is read at most in the whole run, for all categories or by category (one not named has no limit).
+    """`max_epochs` is how often a token is read at most in the whole run, for all categories or by category (one not named has no limit).
 
-    `total_tokens` none: as many as all categories can give in their shares of the last target.
+    Without `total_tokens` they are as many as all categories can give in their shares of the last target.
     """
 
     targets: tuple[MixTarget, ...] = (MixTarget(),)
@@ -105,11 +111,11 @@ class PlannedPhase:
         return sum(tokens for source, tokens in self.drawn.items() if source.category == category)
 
     def weights(self) -> dict[str, float]:
-        """Each source's share of the tokens, by path."""
+        """Returns each source's share of the tokens, by path."""
         return {source.path: float(f"{tokens / self.tokens:.6g}") for source, tokens in self.drawn.items() if tokens > 0}
 
     def short(self) -> dict[str, float]:
-        """Tokens by which categories miss their shares of what is trained on in this phase."""
+        """Returns the tokens by which categories miss their shares of what is trained on in this phase."""
         missing = {name: share * self.tokens - self.drawn_of(name) for name, share in self.shares.items()}
         return {name: tokens for name, tokens in missing.items() if tokens > 0.5}
 
@@ -124,17 +130,17 @@ class Mix:
         return self.phases[-1].to_tokens
 
     def epochs(self) -> dict[MixSource, float]:
-        """How often the whole run reads each source."""
+        """Returns how often the whole run reads each source."""
         return {source: sum(phase.drawn[source] for phase in self.phases) / source.tokens for source in self.phases[0].drawn}
 
     def data(self) -> dict[str, Any]:
-        """`data.sources` and `data.phases` of training."""
+        """Returns `data.sources` and `data.phases` of training."""
         first, *later = self.phases
         phases = tuple({"from_tokens": phase.from_tokens, "sources": phase.weights()} for phase in later)
         return {"sources": first.weights(), "phases": phases}
 
     def __str__(self) -> str:
-        """A table for each phase, what could not be met, and how often the run reads each source."""
+        """Returns a table for each phase, what could not be met, and how often the run reads each source."""
         lines = []
         for phase in self.phases:
             lines += [f"from {_count(phase.from_tokens)} to {_count(phase.to_tokens)} tokens", *_rows(phase), *_shortfalls(phase), ""]
@@ -148,8 +154,8 @@ class Mix:
 
 
 def plan(sources: Sequence[MixSource], config: MixConfig) -> Mix:
-    """Tokens of each source in each phase: the shares wanted as far as `max_epochs` allows; what a category, or a source, cannot give the
-    others give in proportion to their shares.
+    """Plans the tokens of each source in each phase: the shares wanted as far as `max_epochs` allows; what a category, or a source, cannot give
+    the others give in proportion to their shares.
 
     Raises UserError for a source named twice, where there is nothing to draw from, or where a phase that is not the last cannot be filled.
     """
@@ -198,6 +204,39 @@ def training_config(mix: Mix, file: Path, run: Mapping[str, Any]) -> None:
     file.write_text(f'"""A training run on this mix:\n\n{table}\n"""\n\nCONFIG = {literal}\n\n\ndef get_config():\n    return CONFIG\n')
 
 
+class PlanMix(PipelineStep):
+    """Writes `mix.json` and `train.py`, a config for `python -m herd_jax.train`, of the streams that can be trained on and validated; no
+    `train.py` where there are none."""
+
+    type = "mix"
+    name = "mix"
+
+    def __init__(self, config: MixConfig, streams: Path, high_quality: float | None, workdir: Path):
+        super().__init__()
+        self._config, self._streams, self._high_quality, self._workdir = config, streams, high_quality, workdir
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        sources = []
+        for directory in sorted(self._streams.glob("*")):
+            quality = self._high_quality if directory.name.endswith(HIGH) else None
+            if all(_num_tokens(directory / split) for split in ("train", "validation")):  # a single document leaves one empty
+                sources.append(MixSource.open(str(directory), directory.name.split("-")[0], quality))
+        if not sources:
+            table = "no mix: no category has two documents, one to train and one to validate on"
+            write_whole(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))
+            return
+        mix = plan(sources, self._config)
+        phases = [
+            {"from_tokens": p.from_tokens, "to_tokens": p.to_tokens, "shares": p.shares, "drawn": {source.path: n for source, n in p.drawn.items()}}
+            for p in mix.phases
+        ]
+        epochs = {source.path: value for source, value in mix.epochs().items()}
+        write_whole(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "table": str(mix)}, indent=1))
+        model = {"name": "llama-5m", "vocab_size": load_tokenizer(self._streams.parent / "tokenizer").vocab_size}
+        run = {"workdir": str(self._workdir / "model"), "model": model, "train": {"global_batch_size": 8, "seq_len": 256}}
+        training_config(mix, self._workdir / "train.py", run)
+
+
 def _fill(total: float, weights: Mapping[Any, float], caps: Mapping[Any, float]) -> dict[Any, float]:
     """Shares `total` out by weight, to none more than its cap; what one cannot take goes to the others in proportion."""
     amounts, takers = {}, list(weights)
@@ -212,7 +251,7 @@ def _fill(total: float, weights: Mapping[Any, float], caps: Mapping[Any, float])
 
 
 def _most_in_shares(shares: Mapping[str, float], can_give: Mapping[str, float]) -> int:
-    """The most tokens of which each category that has any can give its share."""
+    """Returns the most tokens of which each category that has any can give its share."""
     there = {name: share for name, share in shares.items() if can_give[name]}
     most = min(can_give[name] / share for name, share in there.items()) * sum(there.values())
     if math.isinf(most):
@@ -245,3 +284,7 @@ def _count(tokens: float) -> str:
         if tokens >= size:
             return f"{tokens / size:.4g}{unit}"
     return f"{tokens:.0f}"
+
+
+def _num_tokens(stream: Path) -> int:
+    return sum(json.loads((stream / HEADER).read_text())["shard_tokens"])

@@ -18,7 +18,7 @@ from herd_jax.curation.block import DropLog
 from herd_jax.curation.classification.categories import Categories
 from herd_jax.curation.classification.quality import Quality
 from herd_jax.curation.classification.rebalance import Rebalance, TopicRates
-from herd_jax.curation.decontamination import Decontaminate
+from herd_jax.curation.decontamination import BuildIndex, Decontaminate, ReportContamination
 from herd_jax.curation.deduplication.duplicates import URL, Duplicates, Emit, Reduce, older_versions, url_records
 from herd_jax.curation.deduplication.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
 from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
@@ -31,12 +31,12 @@ from herd_jax.curation.heuristics.word_counts import CountWords, SumWords
 from herd_jax.curation.input.extraction import Extraction
 from herd_jax.curation.input.reading import Reader
 from herd_jax.curation.language import Language
+from herd_jax.curation.mix import PlanMix
 from herd_jax.curation.safety.pii import Pii
 from herd_jax.curation.safety.urls import UrlSafety
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.curation.staging import Load, Number, Store
-from herd_jax.curation.streams import Join, MakeTokenizer, Tokenize
-from herd_jax.curation.whole_run_steps import BuildIndex, NameStream, PlanMix, ReportContamination
+from herd_jax.curation.streams import Join, MakeTokenizer, NameStream, Tokenize
 
 READ_COLUMNS = {name: "string" for name in ("url", "date", "source", "media_type", "language")} | {"language_score": "float64"}
 CLEAN_COLUMNS = READ_COLUMNS | {"category": "string", "topic": "string", "quality": "float64"}
@@ -132,11 +132,11 @@ class CurationPlan:
         ]
 
     def _mapping(self, name: str, steps: list[PipelineStep]) -> Phase:
-        """A phase over the tasks of the input."""
+        """Returns a phase over the tasks of the input."""
         return Phase(name, steps, len(self.tasks))
 
     def _judging(self, name: str, steps: list[PipelineStep]) -> Phase:
-        """A mapping whose blocks log what they drop."""
+        """Returns a mapping whose blocks log what they drop."""
         return self._mapping(name, [*steps, DropLog(self.workdir / "dropped" / name, steps)])
 
     def _reducing(self, target: str, source: str, function) -> Phase:

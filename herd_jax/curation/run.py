@@ -75,7 +75,7 @@ def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> Non
 
 
 def _value(config: dict, name: str) -> str:
-    """The value of a dotted name, in few characters."""
+    """Returns the value of a dotted name, in few characters."""
     for key in name.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return shorten(json.dumps(config), 60)

@@ -110,7 +110,7 @@ class Load(PipelineStep):
 
 
 def rows(path: Path, columns: list[str] | None = None) -> Iterator[dict]:
-    """The rows of a file that `Store` wrote, one row group in memory at a time."""
+    """Yields the rows of a file that `Store` wrote, one row group in memory at a time."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -129,7 +129,7 @@ def document_number(task: int, place: int) -> int:
 
 
 def writable(text: str) -> str:
-    """The text without the lone surrogates that UTF-8 cannot hold."""
+    """Returns the text without the lone surrogates that UTF-8 cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

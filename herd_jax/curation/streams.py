@@ -1,10 +1,12 @@
-"""Clean text -> token streams: a tokenizer for all, parts by task, streams joined from parts."""
+"""Clean text -> token streams: their names, a tokenizer for all, parts by task, streams joined from parts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from herd_jax.curation.classification.categories import MULTILINGUAL
 from herd_jax.curation.staging import rows
 from herd_jax.data.parts import validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
@@ -12,15 +14,37 @@ from herd_jax.files import whole_directory
 from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
+HIGH = "-high"  # the end of a stream's name
 SAMPLE_FILES = 64  # a trained tokenizer sees the beginnings of at most so many files of a category
 
 
 def load_ending(tokenizer: str | Path) -> Tokenizer:
-    """The tokenizer, which has an end token. Raises UserError where it has none or cannot be loaded."""
+    """Returns the tokenizer, which has an end token. Raises UserError where it has none or cannot be loaded."""
     found = load_tokenizer(tokenizer)
     if found.eos_id is None:
         raise UserError(f"tokenizer {tokenizer} has no end token: name it as eos_token in a tokenizer_config.json beside it")
     return found
+
+
+class NameStream(PipelineStep):
+    """Notes in "stream" which one a document goes to: that of its category, if that is multilingual also of its language, from a quality of
+    `high_quality` on one of its own: general, general-high, multilingual-fr, ..."""
+
+    type = "count"
+    name = "stream"
+
+    def __init__(self, high_quality: float | None):
+        super().__init__()
+        self._high_quality = high_quality
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for doc in data:
+            quality = doc.metadata.get("quality")
+            is_high = self._high_quality is not None and quality is not None and quality >= self._high_quality
+            category = doc.metadata["category"]
+            language = f"-{doc.metadata['language']}" if category == MULTILINGUAL else ""
+            doc.metadata["stream"] = category + language + (HIGH if is_high else "")
+            yield doc
 
 
 class MakeTokenizer(PipelineStep):
@@ -79,7 +103,7 @@ class Tokenize(PipelineStep):
 
 
 class Join(PipelineStep):
-    """Of n tasks, the i-th joins the parts of every n-th stream to `TARGET/STREAM/train` and `validation`."""
+    """The i-th of n tasks joins the parts of every n-th stream to `TARGET/STREAM/train` and `validation`."""
 
     type = "tokens"
     name = "join"

@@ -82,7 +82,7 @@ def dataset_value(
 
 @dataclasses.dataclass(frozen=True)
 class SourceLoss:
-    """Of one source, by groups of held-out rows: one row a dp rank."""
+    """The loss on one source, by groups of held-out rows: a group has one row for each dp rank."""
 
     groups: Sequence[HeldOutLoss]
 
@@ -92,7 +92,7 @@ class SourceLoss:
 
 
 def held_out_losses(models: Sequence[str | Path], config: RunConfig, sources: Sequence[str]) -> list[dict[str, SourceLoss]]:
-    """Of each model, in whatever format, on the held-out rows of each source that has any: `eval.num_batches` batches of it, as `config`
+    """Measures each model, in whatever format, on the held-out rows of each source that has any: `eval.num_batches` batches of it, as `config`
     trains."""
     data = dataclasses.replace(config.data, sources=dict.fromkeys(sources, 1.0), phases=())
     steps, streams = build_steps(config, make_mesh(config.mesh), NEXT_TOKEN), open_streams(data, "validation")
@@ -120,8 +120,8 @@ def held_out_losses(models: Sequence[str | Path], config: RunConfig, sources: Se
 
 
 def half_interval(default: SourceLoss, candidate: SourceLoss) -> float | None:
-    """Half of the 95 % interval of candidate less default, in bits per byte: the standard error of the ratio of bits (the difference on
-    each group) to bytes over the groups, times Student's quantile for their number. None of fewer than two."""
+    """Returns half of the 95 % interval of candidate less default, in bits per byte: the standard error of the ratio of bits (the difference
+    on each group) to bytes over the groups, times Student's quantile for their number. None of fewer than two."""
     num_groups = len(default.groups)
     if num_groups < 2:
         return None
@@ -133,7 +133,7 @@ def half_interval(default: SourceLoss, candidate: SourceLoss) -> float | None:
 
 
 def _half_trained(workdir: Path) -> tuple[Path, RunConfig]:
-    """The directory of the checkpoint nearest to half of the run's steps, and the run's config."""
+    """Returns the directory of the checkpoint nearest to half of the run's steps, and the run's config."""
     checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=1)
     config = checkpointer.config() if workdir.is_dir() else None
     if config is None:
@@ -150,7 +150,7 @@ def _half_trained(workdir: Path) -> tuple[Path, RunConfig]:
 
 
 def _annealed(config: RunConfig, step: int, num_tokens: int | None, candidate: str | None, share: float) -> RunConfig:
-    """The run's config with its end from `step` on: the mixture that the run has there, or that and the candidate."""
+    """Returns the run's config with its end from `step` on: the mixture that the run has there, or that and the candidate."""
     ramp, start = config.train.ramp, config.train.ramp.tokens_before(step)
     num_steps = ramp.step_at(start + (start // 10 if num_tokens is None else num_tokens)) - step
     if num_steps < 1:

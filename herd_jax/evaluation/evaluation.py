@@ -15,8 +15,7 @@ from herd_jax.model import Model, load
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The model at `path`, which is read when `model` is first asked for, and where its results go. `mesh` and `dtype` are those of `load`,
-    `output` is what --output says."""
+    """The model at `path` and where its results go: `output` is what --output says, `mesh` and `dtype` are those of `load`."""
 
     path: str | Path
     output: str | Path | None = None
@@ -25,12 +24,12 @@ class Evaluation:
 
     @functools.cached_property
     def model(self) -> Model:
-        """The model itself; raises UserError as `load`."""
+        """Returns the model, read when it is first asked for. Raises UserError as `load`."""
         return load(self.path, self.mesh, self.dtype)
 
     @property
     def directory(self) -> Path:
-        """What --output says, else `evaluation/<last part of the model's path>`."""
+        """Returns what --output says, else `evaluation/<last part of the model's path>`."""
         return user_path(self.output) if self.output else Path("evaluation") / user_path(self.path).resolve().name
 
     def check_directory(self) -> None:
@@ -42,9 +41,9 @@ class Evaluation:
                 raise UserError(f"{self.directory} holds results of another model, {record['model']}: give another --output")
 
     def write(self, command: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
-        """As `write_results`, of this model."""
+        """Writes results as `write_results` does."""
         return write_results(self.directory, command, self.path, settings, results)
 
     def write_items(self, task: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """As `write_items` of the results, of this model."""
+        """Writes items as `write_items` of the results does."""
         return write_items(self.directory, task, rows)

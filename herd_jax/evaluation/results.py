@@ -40,12 +40,12 @@ def short_names(directories: Sequence[str | Path]) -> list[str]:
 
 
 def item_id(*texts: str) -> str:
-    """The id of an item: 16 hexadecimal digits of the hash of its texts (question, choices, ...), the same on every machine."""
+    """Returns the id of an item: 16 hexadecimal digits of the hash of its texts (question, choices, ...), the same on every machine."""
     return sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def half_interval(score: float, num_items: int) -> float:
-    """Half of the 95 % interval of a mean of 0/1 scores, 1.96 sqrt(S (1 - S) / N) (section 5.1 of the paper); `score` in [0, 1]."""
+    """Returns half of the 95 % interval of a mean of 0/1 scores, 1.96 sqrt(S (1 - S) / N) (section 5.1 of the paper); `score` in [0, 1]."""
     return 1.96 * math.sqrt(score * (1 - score) / num_items)
 
 
@@ -79,7 +79,7 @@ def write_items(directory: str | Path, task: str, rows: Iterable[Mapping[str, An
 
 
 def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """The records of `write_results` by command, in alphabetical order; empty where the directory holds none.
+    """Returns the records of `write_results` by command, in alphabetical order; empty where the directory holds none.
 
     Raises UserError where there is no such directory or a file in it is damaged or of another version.
     """
@@ -94,7 +94,7 @@ def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def read_items(directory: str | Path, task: str) -> dict[str, dict[str, Any]]:
-    """The rows of a task by id, in their order. Raises UserError where they are missing or damaged."""
+    """Returns the rows of a task by id, in their order. Raises UserError where they are missing or damaged."""
     file = _items_file(directory, task)
     if not file.is_file():
         has = ", ".join(item_tasks(directory)) or "none"
@@ -107,7 +107,7 @@ def read_items(directory: str | Path, task: str) -> dict[str, dict[str, Any]]:
 
 
 def item_tasks(directory: str | Path) -> list[str]:
-    """The tasks whose items the directory has, in alphabetical order. Raises UserError where there is no such directory."""
+    """Returns the tasks whose items the directory has, in alphabetical order. Raises UserError where there is no such directory."""
     return sorted(unquote(file.stem) for file in (_existing(directory) / "items").glob("*.jsonl"))
 
 
@@ -129,7 +129,7 @@ def _parse(file: Path, text: bytes) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's own types."""
+    """Returns the value in JSON's own types."""
     match value:
         case Mapping():
             return {str(key): _plain(item) for key, item in value.items()}

@@ -64,7 +64,7 @@ class Hardware:
     waits_for_all: bool = False  # devices of one process: an exchange waits for all of them
 
     def ring(self, size: int, in_node: int) -> Link:
-        """What a ring of `size` devices, `in_node` of them in each node, sends at, and the seconds of its size - 1 hops together.
+        """Returns what a ring of `size` devices, `in_node` of them in each node, sends at, and the seconds of its size - 1 hops together.
 
         A ring that spans nodes crosses the network once for each of its devices in a node, all at the same time: so each device is slowed
         the less the more of them there are.
@@ -134,7 +134,7 @@ HARDWARE = {
 
 
 def look_up(name: str, num_devices: int = 1) -> Hardware:
-    """The hardware of that name, however it is spelled ("TPU v5p", "tpu_v5p"). "cpu" is this host, measured (a second), shared by
+    """Finds the hardware of that name, however it is spelled ("TPU v5p", "tpu_v5p"). "cpu" is this host, measured (a second), shared by
     `num_devices` fake devices. Raises UserError for a name that is not known."""
     key = re.sub(r"[\s_]+", "-", name.strip().lower())
     if key == "cpu":
@@ -145,7 +145,7 @@ def look_up(name: str, num_devices: int = 1) -> Hardware:
 
 
 def peak_flops(device: jax.Device, num_local_devices: int = 1) -> float | None:
-    """The dense BF16 peak of `device` in FLOP/s, which MFU is relative to; None for an accelerator that is not in the table.
+    """Returns the dense BF16 peak of `device` in FLOP/s, which MFU is relative to; None for an accelerator that is not in the table.
 
     A CPU has no number that would help: there it is what one jitted FP32 matmul of 1024 x 1024 reaches, the best of a few (so
     that MFU can exceed 1), divided by `num_local_devices`, the fake devices that share this host.
@@ -164,7 +164,7 @@ def _this_cpu(num_devices: int) -> Hardware:
 
 @functools.cache
 def _measured_cpu() -> tuple[float, float]:
-    """(FLOP/s of a matmul, bytes/s read and written by a copy), the whole host's, the best of a few."""
+    """Measures (FLOP/s of a matmul, bytes/s read and written by a copy), the whole host's, the best of a few."""
     size, num_values = 1024, 1 << 24
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         x, values = jnp.ones((size, size), jnp.float32), jnp.ones(num_values, jnp.float32)

@@ -37,7 +37,7 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
-    """This process among those of the run, from the variables of whoever launched it; None for a run of one process.
+    """Finds the place of this process among those of the run, from the variables of whoever launched it; None for a run of one process.
 
     In this order: HERD_COORDINATOR, HERD_NUM_PROCESSES and HERD_PROCESS_ID; a Slurm step (srun); Open MPI (mpirun); an indexed Kubernetes
     job of a JobSet. HERD_COORDINATOR and HERD_NUM_PROCESSES, where set, replace what a launcher says. Raises UserError where these
@@ -90,7 +90,7 @@ def joined(config: dict) -> Iterator[int]:
 
 
 def code_hash() -> str:
-    """Of all files of herd_jax, by path and content."""
+    """Returns the hash of all files of herd_jax, by path and content."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
@@ -131,7 +131,7 @@ def _leaving_together(roll: RollCall) -> Iterator[None]:
 
 
 def _find_slurm(environment: Mapping[str, str]) -> tuple | None:
-    """SLURM_STEP_* are set by srun alone: an interactive shell of an allocation is a run of one process."""
+    """Finds the place that Slurm gives. SLURM_STEP_* are set by srun alone: an interactive shell of an allocation is a run of one process."""
     if "SLURM_STEP_NODELIST" not in environment:
         return None
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", environment["SLURM_STEP_NODELIST"])  # of "node7", "node7,other", "node[007-015,20],other"
@@ -140,7 +140,8 @@ def _find_slurm(environment: Mapping[str, str]) -> tuple | None:
 
 
 def _find_open_mpi(environment: Mapping[str, str]) -> tuple | None:
-    """The address is that of mpirun where it says it (Open MPI 4), and this host's where all processes are on it."""
+    """Finds the place that Open MPI gives. The address is that of mpirun where it says it (Open MPI 4), and this host's where all processes
+    are on it."""
     if "OMPI_COMM_WORLD_SIZE" not in environment:
         return None
     size, launcher = environment["OMPI_COMM_WORLD_SIZE"], environment.get("OMPI_MCA_orte_hnp_uri", "")
@@ -153,7 +154,8 @@ def _find_open_mpi(environment: Mapping[str, str]) -> tuple | None:
 
 
 def _find_kubernetes(environment: Mapping[str, str]) -> tuple | None:
-    """JOB_COMPLETION_INDEX is Kubernetes' own; launch/kubernetes.yaml passes the two names and HERD_NUM_PROCESSES."""
+    """Finds the place that Kubernetes gives. JOB_COMPLETION_INDEX is Kubernetes' own; launch/kubernetes.yaml passes the two names and
+    HERD_NUM_PROCESSES."""
     names = [environment.get(name) for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME")]
     if "JOB_COMPLETION_INDEX" not in environment or not all(names):
         return None
@@ -166,7 +168,7 @@ def _find_plain(environment: Mapping[str, str]) -> tuple | None:
 
 
 def _port(job: int) -> int:
-    """Even, so that two jobs on one host do not meet in each other's second port."""
+    """Returns an even port, so that two jobs on one host do not meet in each other's second port."""
     return FIRST_PORT + 2 * job % NUM_PORTS
 
 

@@ -42,7 +42,7 @@ class Hello:
 
 
 def clash(hellos: list[Hello]) -> str | None:
-    """What is wrong with the numbers of those who came so far, process 0 first: a sentence that names them, or None."""
+    """Returns what is wrong with the numbers of those who came so far, process 0 first: a sentence that names them, or None."""
     first, seen = hellos[0], {}
     for hello in hellos:
         if hello.num_processes != first.num_processes:
@@ -58,7 +58,7 @@ def clash(hellos: list[Hello]) -> str | None:
 
 
 def difference(hellos: list[Hello]) -> str | None:
-    """Who has other code, other versions or another config than most (of equally many: than process 0): a sentence, or None."""
+    """Returns who has other code, other versions or another config than most (of equally many: than process 0): a sentence, or None."""
     usual = {}
     for name in ("versions", "config"):
         texts = [json.dumps(getattr(hello, name), sort_keys=True) for hello in hellos]
@@ -72,7 +72,7 @@ def difference(hellos: list[Hello]) -> str | None:
 
 
 def absence(hellos: list[Hello], timeout: float) -> str:
-    """The sentence that names who has not come."""
+    """Returns the sentence that names who has not come."""
     expected = hellos[0].num_processes
     absent = sorted(set(range(expected)) - {hello.process_id for hello in hellos})
     hosts = sorted({hello.host for hello in hellos})
@@ -83,7 +83,7 @@ def absence(hellos: list[Hello], timeout: float) -> str:
 
 
 def call_roll(hello: Hello, port: int, timeout: float) -> "RollCall":
-    """Process 0's part: waits for all, compares, tells all the verdict. Raises UserError where it is a bad one."""
+    """Does process 0's part: waits for all, compares, tells all the verdict. Raises UserError where it is a bad one."""
     deadline = time.monotonic() + timeout
     _allow_open_files(2 * hello.num_processes + _OTHER_FILES, hello)  # our connection to each, and that of JAX's coordinator
     hellos, peers = [hello], {}
@@ -116,7 +116,7 @@ def call_roll(hello: Hello, port: int, timeout: float) -> "RollCall":
 
 
 def answer_roll(hello: Hello, host: str, port: int, timeout: float) -> "RollCall":
-    """Another process's part: finds process 0, waits for its verdict. Raises UserError where it is a bad one or there is none."""
+    """Does another process's part: finds process 0, waits for its verdict. Raises UserError where it is a bad one or there is none."""
     deadline, reason = time.monotonic() + timeout, "no answer"
     while time.monotonic() < deadline:
         try:
@@ -205,7 +205,7 @@ class _Lines:
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict:
-        """Raises OSError where the other side hangs up, ValueError where it does not speak JSON."""
+        """Waits for a line of JSON. Raises OSError where the other side hangs up, ValueError where it does not speak JSON."""
         line = self._file.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError("it hung up without an answer")

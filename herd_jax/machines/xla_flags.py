@@ -18,7 +18,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """`name` of a flag of XLA_FLAGS, or of an environment variable where it is in capitals; its value; what it is for."""
+    """A flag: `name` is one of XLA_FLAGS, or an environment variable where it is in capitals; `purpose` is what it is for."""
 
     name: str
     value: str
@@ -54,14 +54,14 @@ def apply_flags(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def find_gpu() -> str | None:
-    """The model of the first NVIDIA GPU of this host, such as "NVIDIA H100 80GB HBM3", from its driver and not through JAX."""
+    """Returns the model of the first NVIDIA GPU of this host, such as "NVIDIA H100 80GB HBM3", from its driver and not through JAX."""
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         return re.search(r"Model:\s*(.*)", path.read_text())[1]
     return None
 
 
 def choose_flags(gpu: str) -> tuple[Flag, ...]:
-    """The flags for a GPU of that name."""
+    """Returns the flags for a GPU of that name."""
     return next((flags for name, flags in HARDWARE_FLAGS.items() if name in gpu), _EVERY_GPU)
 
 
@@ -81,7 +81,7 @@ def set_flags(flags: tuple[Flag, ...], environment: MutableMapping[str, str]) ->
 
 
 def unknown_flags(flags: list[str]) -> list[str]:
-    """Those of `flags` ("--NAME=VALUE") that the installed XLA does not know; all of them, where that cannot be found out."""
+    """Returns those of `flags` ("--NAME=VALUE") that the installed XLA does not know; all of them, where that cannot be found out."""
     unknown: list[str] = []
     program = "from jaxlib import xla_client; xla_client.make_cpu_client()"  # XLA reads its flags; the GPUs are not touched
     while True:

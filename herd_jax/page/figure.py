@@ -9,7 +9,7 @@ from herd_jax.files import user_path
 
 @contextlib.contextmanager
 def figure_file(path: str | Path, width: float, height: float):
-    """A figure of so many inches, written to `path` (.png or .svg) when the block is left.
+    """Yields a figure of so many inches, written to `path` (.png or .svg) when the block is left.
 
     Raises UserError where matplotlib is missing or the file cannot be.
     """

@@ -8,7 +8,8 @@ from herd_jax.page.style import STYLE
 
 
 def page(title: str, header: Html, sections: Sequence[tuple[str, Html]], style: str = "") -> str:
-    """`sections` are pairs of a title, which is also the anchor, and what stands below it. `style`: rules besides the common ones."""
+    """Returns a page that loads nothing. `sections` are pairs of a title, which is also the anchor, and what stands below it. `style`: rules
+    besides the common ones."""
     head = join(
         [
             element("meta", charset="utf-8"),
@@ -24,7 +25,7 @@ def page(title: str, header: Html, sections: Sequence[tuple[str, Html]], style: 
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Html:
-    """Columns with numbers stand at the right."""
+    """Returns a table, in which columns with numbers stand at the right."""
     kinds = ["n" if any(_is_number(row[column]) for row in rows) else None for column in range(len(names))]
 
     def line(kind_of_cell: str, values: Sequence[Any]) -> Html:
@@ -45,7 +46,7 @@ def note(text: str) -> Html:
 
 
 def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Plain values by their names with dots, as the command line has them."""
+    """Returns plain values by their names with dots, as the command line has them."""
     if not isinstance(value, dict) and not (isinstance(value, list) and any(isinstance(item, dict | list) for item in value)):
         return [(name, value)]
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -53,7 +54,7 @@ def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 
 def cell(value: Any) -> str | int:
-    """A plain value as a table shows it."""
+    """Returns a plain value as a table shows it."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value) if isinstance(value, bool) else value

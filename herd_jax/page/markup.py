@@ -13,7 +13,7 @@ class Html(str):
 
 
 def element(name: str, /, *children: str, **attributes) -> Html:
-    """`<name attributes>children</name>`; "class_" writes class, "stroke_width" stroke-width; an attribute that is None is left out."""
+    """Returns `<name attributes>children</name>`; "class_" writes class, "stroke_width" stroke-width; an attribute that is None is left out."""
     given = {key.rstrip("_").replace("_", "-"): escape(str(value)) for key, value in attributes.items() if value is not None}
     written = "".join(f' {key}="{value}"' for key, value in given.items())
     return Html(f"<{name}{written}>" if name in _VOID else f"<{name}{written}>{join(children)}</{name}>")

@@ -53,7 +53,7 @@ class Appender:
 
 
 def warn_of_loss(path: Path, error: OSError) -> None:
-    """One line on stderr, and for 10 minutes no other, whatever the file: a full disk refuses them all."""
+    """Writes one line on stderr, and for 10 minutes no other, whatever the file: a full disk refuses them all."""
     global _last_warning
     if time.monotonic() - _last_warning > _SECONDS_BETWEEN_WARNINGS:
         _last_warning = time.monotonic()

@@ -26,7 +26,7 @@ CAUSES = ("productive", "lost work", *(phase for phase in PHASES if phase != "st
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """From `start` to `end` (seconds since the epoch), spent on `seconds` (by cause); the run then stood at `step`."""
+    """A stretch from `start` to `end` (seconds since the epoch), spent on `seconds` (by cause); the run then stood at `step`."""
 
     start: float
     end: float
@@ -36,7 +36,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """`intervals` in order, without gaps; `num_starts`: how often the run was started."""
+    """What the time of a run was spent on: `intervals` in order, without gaps; `num_starts`: how often the run was started."""
 
     intervals: tuple[Interval, ...]
     num_starts: int
@@ -47,16 +47,16 @@ class Goodput:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By cause, in the order of CAUSES."""
+        """Returns the seconds by cause, in the order of CAUSES."""
         return {cause: sum(interval.seconds.get(cause, 0.0) for interval in self.intervals) for cause in CAUSES}
 
     @property
     def fraction(self) -> float:
-        """Productive seconds over all seconds; NaN where there are none."""
+        """Returns productive seconds over all seconds; NaN where there are none."""
         return self.seconds["productive"] / self.wall_seconds if self.wall_seconds else math.nan
 
     def lines(self) -> list[str]:
-        """The table as text."""
+        """Returns the table as text."""
         wall = datetime.timedelta(seconds=round(self.wall_seconds))
         steps, seconds = max((interval.step for interval in self.intervals), default=0), self.seconds
         return [
@@ -87,7 +87,7 @@ class GoodputSoFar:
 
 
 def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput:
-    """Of the run in `workdir`, which may be going on: or from step `continued_at`, after which the steps recorded are lost.
+    """Reads the goodput of the run in `workdir`, which may be going on: or from step `continued_at`, after which the steps recorded are lost.
 
     Raises UserError where nothing is recorded.
     """
@@ -112,7 +112,7 @@ def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput
 
 
 def read_timeline(workdir: str | Path) -> list[dict]:
-    """The complete lines of the run in `workdir`, oldest first; steps are counted over all of its stages."""
+    """Returns the complete lines of the run in `workdir`, oldest first; steps are counted over all of its stages."""
     lines, before = [], 0
     for path in timelines(user_path(workdir)):
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -123,7 +123,7 @@ def read_timeline(workdir: str | Path) -> list[dict]:
 
 
 def furthest_step(workdir: str | Path) -> int:
-    """The highest step that the run in `workdir` has recorded; 0 where it has recorded none."""
+    """Returns the highest step that the run in `workdir` has recorded; 0 where it has recorded none."""
     try:
         return max(interval.step for interval in read_goodput(workdir).intervals)
     except UserError:
@@ -131,7 +131,7 @@ def furthest_step(workdir: str | Path) -> int:
 
 
 def draw(goodput: Goodput, path: str | Path) -> None:
-    """Goodput over time, and below it the share of each cause, as a .png or .svg. Raises UserError where it cannot be."""
+    """Draws goodput over time, and below it the share of each cause, as a .png or .svg. Raises UserError where it cannot be."""
     with figure_file(path, 9, 5) as figure:
         top, bottom = figure.subplots(2, 1, height_ratios=(3, 1))
         start = goodput.intervals[0].start
@@ -157,7 +157,7 @@ def draw(goodput: Goodput, path: str | Path) -> None:
 
 
 def _redone_from(lines: list[dict], continued_at: float) -> list[float]:
-    """For each line, the lowest step from which a later line, or the run at last, began: the steps above it are computed again."""
+    """Returns, for each line, the lowest step from which a later line, or the run at last, began: the steps above it are computed again."""
     lowest, found = continued_at, []
     for line in reversed(lines):
         found.append(lowest)
@@ -166,7 +166,7 @@ def _redone_from(lines: list[dict], continued_at: float) -> list[float]:
 
 
 def _parse(text: str) -> dict | None:
-    """The line; None for one that a crash tore."""
+    """Returns the line; None for one that a crash tore."""
     try:
         line = json.loads(text)
         return line if {"time", "seconds", "from", "to"} <= line.keys() else None

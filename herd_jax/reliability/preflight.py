@@ -75,7 +75,7 @@ def preflight(mesh_config: MeshConfig, workdir: str) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Returns the rows as text."""
     axes = list(rows[0].all_reduce)
     reduce_names = [f"all-reduce {axis} GB/s" for axis in axes]
     names = ["process", "host", "devices", "memory GB", "matmul TFLOP/s", *reduce_names, "clock ms", "workdir"]
@@ -89,7 +89,7 @@ def table(rows: list[Row]) -> str:
 
 
 def problems(rows: list[Row], judges_rates: bool = True) -> list[str]:
-    """What is wrong, each with the process and host that it is wrong on."""
+    """Returns what is wrong, each with the process and host that it is wrong on."""
     found = []
     usual_devices = statistics.mode(row.devices for row in rows)
     usual_clock = statistics.median(row.clock for row in rows)
@@ -119,7 +119,7 @@ def _low(rows: list[Row], unit: str, value) -> list[str]:
 
 
 def _memory(device: jax.Device) -> float:
-    """Bytes that JAX can allocate; on a CPU what the host has free."""
+    """Returns the bytes that JAX can allocate; on a CPU what the host has free."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -127,14 +127,14 @@ def _memory(device: jax.Device) -> float:
 
 
 def _matmul_rate(device: jax.Device) -> float:
-    """FLOP/s of a square product, BF16 on accelerators and FP32 on CPUs, the best of a few."""
+    """Measures the FLOP/s of a square product, BF16 on accelerators and FP32 on CPUs, the best of a few."""
     size, dtype = (512, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
     x = jax.device_put(np.ones((size, size), dtype), device)
     return 2 * size**3 / _best_time(jax.jit(jnp.matmul), x, x)
 
 
 def _all_reduce_rate(mesh: Mesh, axis: str) -> float:
-    """Bus bandwidth in bytes/s of a sum over `axis`, all groups at once, as this process sees it."""
+    """Measures the bus bandwidth in bytes/s of a sum over `axis`, all groups at once, as this process sees it."""
     num_values = (1 << 18) if mesh.devices.flat[0].platform == "cpu" else (1 << 26)
     spec, size = PartitionSpec(AXES), mesh.shape[axis]
     make = on_mesh(lambda: jnp.ones(num_values, jnp.float32), mesh, (), spec, jnp.float32)
@@ -153,7 +153,7 @@ def _best_time(function, *arrays: jax.Array) -> float:
 
 
 def _clock_skew() -> float:
-    """Seconds that this host's clock is ahead of process 0's, to within the milliseconds in which a barrier is left."""
+    """Measures the seconds that this host's clock is ahead of process 0's, to within the milliseconds in which a barrier is left."""
     skews = []
     for _ in range(_ROUNDS):
         multihost_utils.sync_global_devices("clock")
@@ -166,7 +166,7 @@ def _clock_skew() -> float:
 
 
 def _try_path(workdir: Path) -> str:
-    """What keeps this process from reading and writing in `workdir`, or from seeing there what process 0 writes; "" for nothing."""
+    """Finds what keeps this process from reading and writing in `workdir`, or from seeing there what process 0 writes; "" for nothing."""
     mark, own, problem = workdir / "preflight-0", workdir / f"preflight-{jax.process_index()}", ""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _try_path(workdir: Path) -> str:
 
 
 def _gather(row: Row) -> list[Row]:
-    """Everyone's row."""
+    """Returns everyone's row."""
     text = json.dumps(dataclasses.asdict(row)).encode()
     assert len(text) <= _ROW_BYTES, text
     texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(_ROW_BYTES), np.uint8))

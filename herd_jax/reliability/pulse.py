@@ -31,7 +31,7 @@ class Beat:
 
     @property
     def start_again(self) -> bool:
-        """Told by a scheduler, not by a person."""
+        """Tells whether a scheduler, not a person, told the run to stop."""
         return self.stop == START_AGAIN
 
 
@@ -60,7 +60,7 @@ class Pulse:
 
 
 def host_names() -> list[str]:
-    """Of every process, in order."""
+    """Returns the name of every process's host, in order."""
     if jax.process_count() == 1:
         return [socket.gethostname()]
     name = socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")

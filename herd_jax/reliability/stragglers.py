@@ -22,7 +22,7 @@ class Stragglers:
         self._num_beats += 1
 
     def report(self, step_seconds: float) -> list[str]:
-        """Ends an interval of steps that took `step_seconds` each; a line for each process that stays slow, the slowest first."""
+        """Ends an interval of steps that took `step_seconds` each; returns a line for each process that stays slow, the slowest first."""
         mean_PT = self._sum_PT / max(self._num_beats, 1)
         median_T = np.median(mean_PT, axis=0)
         late_P = mean_PT.sum(axis=1) - np.median(mean_PT.sum(axis=1))

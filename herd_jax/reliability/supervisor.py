@@ -64,7 +64,7 @@ class Supervisor:
         self.incidents: list[Incident] = []
 
     def run(self) -> int:
-        """The exit status for this process: that of the last start, or 75 (start again) where a signal ended it."""
+        """Returns the exit status for this process: that of the last start, or 75 (start again) where a signal ended it."""
         heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # not SIGHUP under nohup
         before = {number: signal.signal(number, self._forward) for number in heard}
         try:
@@ -107,7 +107,7 @@ class Supervisor:
                 return USER_ERROR if self._told == signal.SIGINT else START_AGAIN
 
     def _start_and_wait(self) -> tuple[int, bool]:
-        """(exit status, whether the processes were killed because one gave no sign of life)."""
+        """Returns (exit status, whether the processes were killed because one gave no sign of life)."""
         num_lines = len(read_timeline(self._workdir))
         self._child = child = subprocess.Popen(self._command, start_new_session=True)
         self._pass_on()  # what came just before
@@ -130,7 +130,7 @@ class Supervisor:
         return child.returncode, silent
 
     def _sleep(self, seconds: float, child: subprocess.Popen | None = None) -> None:
-        """Until the time is over, the child has ended or a signal came."""
+        """Waits until the time is over, the child has ended or a signal came."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and (child is not None or self._told is None):
             if child is None:
@@ -143,7 +143,8 @@ class Supervisor:
                 return
 
     def _signs_of_life(self, session: int) -> dict[Path | int, str]:
-        """What does not stay as it is while all is well: the last words of each process of the session, and that one of them is stopped."""
+        """Returns what does not stay as it is while all is well: the last words of each process of the session, and that one of them is
+        stopped."""
         members = _members(session)
         signs: dict[Path | int, str] = {pid: state for pid, state in members.items() if state == "T"}
         for path in (path for timeline in timelines(self._workdir) for path in (timeline.parent / FLIGHT / "seen").glob("*.json")):
@@ -178,7 +179,7 @@ class Supervisor:
         file.close()
 
     def _forward(self, number: int, frame) -> None:
-        """To the child, which is out of the terminal's reach."""
+        """Sends a signal to the child, which is out of the terminal's reach."""
         self._told = number
         self._to_pass_on.append(_FORWARDED[number])
         self._pass_on()
@@ -189,7 +190,7 @@ class Supervisor:
 
 
 def table(incidents: list[Incident]) -> list[str]:
-    """The incidents as text."""
+    """Returns the incidents as text."""
     if not incidents:
         return ["no incidents"]
     lines = [f"{'time':<19} {'step':>8} {'lost steps':>10} {'downtime':>10}  cause"]
@@ -202,7 +203,7 @@ def table(incidents: list[Incident]) -> list[str]:
 
 
 def _members(session: int) -> dict[int, str]:
-    """The living processes of a session of this host and the state of each, as Linux has it (T: stopped); none on other systems."""
+    """Returns the living processes of a session of this host and the state of each, as Linux has it (T: stopped); none on other systems."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -215,7 +216,7 @@ def _members(session: int) -> dict[int, str]:
 
 
 def _kill(session: int) -> None:
-    """All processes of the session, again and again: one may have just started another."""
+    """Kills all processes of the session, again and again: one may have just started another."""
     while members := _members(session):
         for pid in members:
             with contextlib.suppress(ProcessLookupError):

@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_LINES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """`start` in seconds since the epoch; `step` is the number of steps done when it began."""
+    """A stretch of time in one phase: `start` in seconds since the epoch; `step` is the number of steps done when it began."""
 
     phase: str
     step: int
@@ -36,12 +36,13 @@ class Span:
 
 
 def timelines(workdir: Path) -> list[Path]:
-    """Where a run writes its timeline: its workdir, or that of each stage which has begun, in order."""
+    """Returns where a run writes its timeline: its workdir, or that of each stage which has begun, in order."""
     return [directory / TIMELINE for directory in stage_directories(workdir) or [workdir]]
 
 
 class Timeline:
-    """Made in the phase "init", which began at `start` (seconds since the epoch): with a start of the run, or (begins=False) later."""
+    """Records what a run spends its time on. It is made in the phase "init", which began at `start` (seconds since the epoch): with a start of
+    the run, or (begins=False) later."""
 
     def __init__(self, workdir: Path, start: float, begins: bool = True) -> None:
         self.phase, self.step = "init", 0
@@ -57,7 +58,7 @@ class Timeline:
         self._lock = threading.Lock()  # the watchdog writes the last line of a process that hangs
 
     def begin(self, step: int) -> None:
-        """The run continues after `step` steps: those counted further are done again, and what they took is lost.
+        """Notes that the run continues after `step` steps: those counted further are done again, and what they took is lost.
 
         Raises UserError where the file cannot be opened; a full disk costs lines only.
         """
@@ -72,7 +73,7 @@ class Timeline:
                 raise UserError(f"cannot write {self._path} ({error.strerror}): mend that and give the same command again") from error
 
     def enter(self, phase: str, step: int | None = None) -> float:
-        """Ends the phase under way and begins the next; the seconds that the ended one took."""
+        """Ends the phase under way and begins the next; returns the seconds that the ended one took."""
         seconds = self._end_span()
         stepping = phase in STEPPING and self.phase in STEPPING
         self.step, self.phase = self.step if step is None else step, phase
@@ -81,21 +82,21 @@ class Timeline:
         return seconds
 
     def rename(self, phase: str) -> None:
-        """What is under way turns out to be another phase."""
+        """Notes that what is under way turns out to be another phase."""
         self.phase = phase
 
     def step_done(self, seconds: float | None = None) -> None:
-        """The devices have finished a step; the seconds it took, unless it was compiled in them."""
+        """Notes that the devices have finished a step, and the seconds it took unless it was compiled in them."""
         self.num_moves += 1
         if seconds is not None:
             self.step_seconds.append(seconds)
 
     def median_step(self) -> float | None:
-        """In seconds, of the newest steps; None before the second step."""
+        """Returns the median of the newest steps in seconds; None before the second step."""
         return statistics.median(list(self.step_seconds)) if self.step_seconds else None
 
     def stepped_seconds(self) -> float:
-        """Spent on steps since the timeline was made, also on the one under way."""
+        """Returns the seconds spent on steps since the timeline was made, also on the one under way."""
         return self._stepped + (time.time() - self._start if self.phase == "step" else 0.0)
 
     def flush(self) -> None:

@@ -73,14 +73,14 @@ class Watchdog:
                 self._seen_file.unlink()
 
     def limit(self) -> float:
-        """Seconds that the phase under way may take."""
+        """Returns the seconds that the phase under way may take."""
         median = self._timeline.median_step()
         if self._timeline.phase not in STEPPING or median is None:
             return self._config.other_seconds
         return max(self._config.factor * median, self._config.min_seconds)
 
     def record(self, reason: str) -> str:
-        """The flight record, but for the stacks."""
+        """Returns the flight record, but for the stacks."""
         timeline, now = self._timeline, time.time()
         lines = [
             f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} (pid {os.getpid()}), {_clock(now)}",
@@ -118,7 +118,7 @@ class Watchdog:
         self._leave_record(sentence, self._timeline.phase)
 
     def _leave_record(self, reason: str, spent_on: str) -> None:
-        """Where the disk, or who reads stderr, hangs too, the process ends without one."""
+        """Leaves a flight record; where the disk, or who reads stderr, hangs too, the process ends without one."""
         path = self._directory / f"step-{self._timeline.step}-process-{jax.process_index()}-{int(time.time())}.txt"
         dump = threading.Thread(target=self._dump, args=(path, reason, spent_on), daemon=True)
         dump.start()

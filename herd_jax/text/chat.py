@@ -25,7 +25,7 @@ def render(
     tool_format: str = "json",
     allow_special: bool = False,
 ) -> Rendered:
-    """Token ids of `dialog`, with a role and a loss mask.
+    """Returns the token ids of `dialog`, with a role and a loss mask.
 
     `dialog`: Messages, or dicts with role ("system", "user", "assistant", "ipython" or "tool"), content, and where needed tool_calls
     (list of {"name", "arguments"}) and end. `add_assistant_header` makes it a prompt for the assistant's next message. `tools`: the
@@ -51,7 +51,7 @@ def render(
 
 
 def render_text(dialog: Iterable[Message | Mapping[str, Any]], tokenizer: Tokenizer, add_assistant_header: bool = False) -> str:
-    """The dialog as the text that `render` encodes, special tokens spelled out: for programs that take prompts as text. Those that a
+    """Returns the dialog as the text that `render` encodes, special tokens spelled out: for programs that take prompts as text. Those that a
     message spells can no longer be told from its own."""
     if not is_llama3(tokenizer) and tokenizer.chat_template is not None:
         return template_text(read_dialog(dialog), tokenizer, add_assistant_header)
@@ -61,7 +61,7 @@ def render_text(dialog: Iterable[Message | Mapping[str, Any]], tokenizer: Tokeni
 
 
 def parse(answer: Sequence[int] | str, tokenizer: Tokenizer) -> Message:
-    """The message that `answer` begins with: token ids, or text in which special tokens are spelled; with or without a header.
+    """Returns the message that `answer` begins with: token ids, or text in which special tokens are spelled; with or without a header.
 
     In the format of Llama 3 tool calls are read; what only resembles one stays text. `end` is None where no end token came. An answer
     in the format of a chat template becomes a message of text.

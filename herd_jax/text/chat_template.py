@@ -49,14 +49,14 @@ def render_template(
 
 
 def template_text(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
-    """What the template writes, special tokens that a message spells among its own."""
+    """Returns what the template writes, special tokens that a message spells among its own."""
     return _take_marks(_render(tokenizer, messages, [], add_generation_prompt, {}))[0]
 
 
 def _pieces(
     text: str, written: Sequence[Span], role_ends: Sequence[tuple[int, str]], tokenizer: Tokenizer, restore: StandIns
 ) -> Iterator[tuple[Sequence[int], str, bool]]:
-    """Runs of text between special tokens and the ends of `written`, as (ids, role, whether the assistant wrote them)."""
+    """Yields runs of text between special tokens and the ends of `written`, as (ids, role, whether the assistant wrote them)."""
     cuts = [0, *itertools.chain.from_iterable(written), len(text)]
     encode = tokenizer.encode  # of the run: with a space before it, where the tokenizer puts one
     at = 0
@@ -73,7 +73,7 @@ def _pieces(
 
 
 def _take_marks(text: str) -> tuple[str, list[Span]]:
-    """The text without the marks of {% generation %} blocks, and what stood between them."""
+    """Returns the text without the marks of {% generation %} blocks, and what stood between them."""
     parts = re.split(f"[{GENERATION_BEGIN}{GENERATION_END}]", text)
     ends = list(itertools.accumulate(map(len, parts)))
     return "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
@@ -86,7 +86,7 @@ def _check_marks(spans: list[Span], messages: Sequence[Message]) -> list[Span]:
 
 
 def _assistant_spans(text: str, messages: Sequence[Message], tokenizer: Tokenizer, prefix: Callable[[bool, int], str]) -> list[Span]:
-    """`prefix(add_generation_prompt, n)` is the text of the first n messages."""
+    """Finds what the assistant wrote; `prefix(add_generation_prompt, n)` is the text of the first n messages."""
     spans = []
     for i, message in enumerate(messages):
         if message.role != "assistant":
@@ -105,7 +105,7 @@ def _assistant_spans(text: str, messages: Sequence[Message], tokenizer: Tokenize
 
 
 def _role_ends(text: str, messages: Sequence[Message], prefix: Callable[[int], str]) -> list[tuple[int, str]]:
-    """Where the text of each role ends. What a template writes on its own counts to the message behind it, a prompt to the assistant."""
+    """Finds where the text of each role ends. What a template writes on its own counts to the message behind it, a prompt to the assistant."""
     ends = []
     for i, message in enumerate(messages):
         try:
@@ -118,7 +118,7 @@ def _role_ends(text: str, messages: Sequence[Message], prefix: Callable[[int], s
 
 
 def _find_stand_ins(tokenizer: Tokenizer, render: Callable[[StandIns], str]) -> StandIns:
-    """For all characters that special tokens consist of, or, where the template looks at the messages, for the marks among them.
+    """Finds stand-ins for all characters that special tokens consist of, or, where the template looks at the messages, for the marks among them.
 
     Raises UserError where even that changes what the template writes.
     """
@@ -138,7 +138,7 @@ def _find_stand_ins(tokenizer: Tokenizer, render: Callable[[StandIns], str]) -> 
 
 
 def _marks(special: str) -> set[str]:
-    """What a special token cannot be spelled without and a template hardly looks for: marks inside, else its brackets."""
+    """Returns what a special token cannot be spelled without and a template hardly looks for: marks inside, else its brackets."""
     return {character for character in special[1:-1] if not character.isalnum()} or {special[0], special[-1]}
 
 
@@ -152,7 +152,7 @@ def _as_dict(message: Message, stand_ins: StandIns) -> dict[str, Any]:
 
 
 def _translate(value: Any, stand_ins: StandIns) -> Any:
-    """`value` with stand-ins in all its strings."""
+    """Returns `value` with stand-ins in all its strings."""
     match value:
         case str():
             return value.translate(stand_ins)
@@ -189,12 +189,12 @@ def _render(
 
 @functools.cache
 def _compile(source: str):
-    """The Jinja template, with what transformers gives templates to use."""
+    """Returns the Jinja template, with what transformers gives templates to use."""
     jinja2 = import_extra("jinja2", "a chat template")
     extensions, sandbox = importlib.import_module("jinja2.ext"), importlib.import_module("jinja2.sandbox")
 
     class Generation(extensions.Extension):
-        """{% generation %}...{% endgeneration %} around what the assistant wrote."""
+        """Reads {% generation %}...{% endgeneration %} around what the assistant wrote."""
 
         tags = {"generation"}
 

@@ -21,7 +21,8 @@ UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of tokens; GGUF has t
 
 
 def read_gguf_tokenizer(path: Path) -> Tokenizer:
-    """Raises UserError where the file has no tokenizer, or one of a kind or with a splitting of text that is not known here."""
+    """Reads the tokenizer of a file. Raises UserError where the file has no tokenizer, or one of a kind or with a splitting of text that is
+    not known here."""
     fields = import_extra("gguf", "a GGUF file", "gguf").GGUFReader(path).fields
     prefix = "tokenizer.ggml."
     metadata = {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}
@@ -56,7 +57,7 @@ def _files_beside(metadata: Mapping[str, Any], template: str | None) -> dict[str
 
 
 def _tokenizer_json(metadata: Mapping[str, Any], tokenizers: ModuleType) -> bytes:
-    """The `tokenizer.json` of a byte-level BPE."""
+    """Returns the `tokenizer.json` of a byte-level BPE."""
     tokens, types, pre = metadata["tokens"], metadata["token_type"], metadata["pre"]
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
     # Llama 3 takes a whole word that is a token as it is, even where no merges lead to it.
@@ -84,7 +85,7 @@ def _tokenizer_json(metadata: Mapping[str, Any], tokenizers: ModuleType) -> byte
 
 
 def _sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
-    """The SentencePiece model, from its pieces, their scores and types."""
+    """Returns the SentencePiece model, from its pieces, their scores and types."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
     model = ModelProto()

@@ -28,7 +28,7 @@ def system_prompt(
     knowledge_cutoff: str | None = None,
     today: datetime.date | None = None,
 ) -> str:
-    """The content of a system message: the switches that are wanted, then `instructions`.
+    """Returns the content of a system message: the switches that are wanted, then `instructions`.
 
     `code_interpreter` switches on the code interpreter, `builtin_tools` (of "brave_search", "wolfram_alpha") those and the code
     interpreter with them. `knowledge_cutoff` is what the model was told in training ("December 2023").
@@ -46,7 +46,7 @@ def system_prompt(
 
 
 def is_llama3(tokenizer: Tokenizer) -> bool:
-    """Whether dialogs of the model are in this format: it has the tokens, and its chat template, if any, writes them."""
+    """Returns whether dialogs of the model are in this format: it has the tokens, and its chat template, if any, writes them."""
     has_tokens = all(name in tokenizer.special_ids for name in (HEADER_START, HEADER_END, END_TOKENS["eot"]))
     return has_tokens and (tokenizer.chat_template is None or HEADER_START in tokenizer.chat_template)
 
@@ -59,7 +59,7 @@ def render_llama3(
     tool_format: str,
     allow_special: bool,
 ) -> Rendered:
-    """As `chat.render`, whose arguments these are."""
+    """Renders as `chat.render`, whose arguments these are."""
     if tools:
         messages = _add_tools(messages, describe_tools(tools, tool_format), tool_format)
     has_ipython = any(message.role == "system" and IPYTHON_SWITCH in message.content.splitlines() for message in messages)
@@ -81,7 +81,7 @@ def render_llama3(
 
 
 def parse_llama3(ids: Sequence[int], tokenizer: Tokenizer) -> Message:
-    """The message that `ids` begin with; without a header it is the assistant's. Whatever they are, there is one."""
+    """Returns the message that `ids` begin with; without a header it is the assistant's. Whatever they are, there is one."""
     role, body, has_header = _split_header([i for i in ids if i != tokenizer.bos_id], tokenizer)
     stop = next((at for at, i in enumerate(body) if i in tokenizer.stop_ids), len(body))
     end_ids = {tokenizer.special_ids.get(token): end for end, token in END_TOKENS.items()}
@@ -100,7 +100,7 @@ def parse_llama3(ids: Sequence[int], tokenizer: Tokenizer) -> Message:
 
 
 def _split_header(ids: list[int], tokenizer: Tokenizer) -> tuple[str, list[int], bool]:
-    """The role, what is behind the header, and whether there is one."""
+    """Returns the role, what is behind the header, and whether there is one."""
     for role in ROLES:
         header = _header(role, tokenizer)
         if ids[: len(header)] == header:

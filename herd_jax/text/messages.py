@@ -59,7 +59,7 @@ class Rendered:
 
     @property
     def loss_mask(self) -> list[bool]:
-        """True for the tokens that the assistant wrote, the end of its turns included, headers never. Raises UserError where the chat
+        """Returns True for the tokens that the assistant wrote, the end of its turns included, headers never. Raises UserError where the chat
         template does not let that be known."""
         if self._no_mask:
             raise UserError(self._no_mask)
@@ -67,7 +67,7 @@ class Rendered:
 
     @classmethod
     def join(cls, pieces: Iterable[tuple[Sequence[int], str, bool]], no_mask: str = "") -> "Rendered":
-        """From pieces of (ids, role, whether the assistant wrote them)."""
+        """Makes a dialog from pieces of (ids, role, whether the assistant wrote them)."""
         rendered = cls([], [], [], no_mask)
         for ids, role, wrote in pieces:
             rendered.ids.extend(ids)
@@ -77,8 +77,8 @@ class Rendered:
 
 
 def read_dialog(dialog: Iterable[Message | Mapping[str, Any]]) -> list[Message]:
-    """Messages from themselves or from dicts with the same fields, tool calls also in the form that chat servers use
-    ({"type": "function", "function": {"name": ..., "arguments": ...}}, arguments as a dict or as JSON text)."""
+    """Makes messages from themselves or from dicts with the same fields, tool calls also in the form that chat servers use ({"type":
+    "function", "function": {"name": ..., "arguments": ...}}, arguments as a dict or as JSON text)."""
     messages = [message if isinstance(message, Message) else _read_message(message) for message in dialog]
     if not messages:
         raise UserError("the dialog is empty: give at least one message")

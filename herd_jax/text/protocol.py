@@ -29,7 +29,7 @@ PROBE = "The naïve 1234567 cats'll  run:\n\n\tif (x_i >= 0.5) { return '<s>' }\
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back.
+    """Turns text into token ids and back.
 
     `special_ids` maps the text of each special token to its id. `bos_id`, `eos_id` and `pad_id` are None where there is none
     (a padding token equal to the end token counts as none: it would hide the real end). `stop_ids` end a generated answer.
@@ -64,7 +64,7 @@ class Tokenizer(abc.ABC):
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`; `bos` and `eos` add begin and end tokens, where they exist and are not there already."""
+        """Returns the token ids of `text`; `bos` and `eos` add begin and end tokens, where they exist and are not there already."""
         ids = self._encode_with_special(text) if allow_special else self._encode_text(text)
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -73,13 +73,13 @@ class Tokenizer(abc.ABC):
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that goes on where other text ends: without the space that some tokenizers put before a text."""
+        """Returns the token ids of text that goes on where other text ends: without the space that some tokenizers put before a text."""
         newline, joined = self._encode_text("\n"), self._encode_text(f"\n{text}")
         adds_space = self._encode_text("\na") != [*newline, *self._encode_text("a")]
         return joined[len(newline) :] if adds_space and joined[: len(newline)] == newline else self._encode_text(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens; bytes that are not UTF-8 become replacement characters."""
+        """Returns the text of `ids` without special tokens; bytes that are not UTF-8 become replacement characters."""
         return self._decode_ids([int(i) for i in ids])
 
     def split_special(self, text: str) -> list[str]:
@@ -101,7 +101,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that write the same streams, whatever file format they came from."""
+        """Returns what is equal for tokenizers that write the same streams, whatever file format they came from."""
         behaviour = [self.vocab_size, self.bos_id, self.eos_id, self.encode(PROBE)]
         return hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()
 
@@ -113,7 +113,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def num_bytes(self, token_id: int) -> int:
-        """How many UTF-8 bytes of a text the token stands for, a part of a character included; 0 for special tokens."""
+        """Returns how many UTF-8 bytes of a text the token stands for, a part of a character included; 0 for special tokens."""
 
     @abc.abstractmethod
     def _encode_text(self, text: str) -> list[int]: ...
@@ -127,7 +127,7 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG_FILE) -> dict[str
 
 
 def _chat_template(files: Mapping[str, bytes]) -> str | None:
-    """Where a model has several templates, the one named "default"."""
+    """Returns the chat template; where a model has several, the one named "default"."""
     if TEMPLATE_FILE in files:
         return files[TEMPLATE_FILE].decode()
     template = read_config(files).get("chat_template")

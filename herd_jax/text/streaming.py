@@ -20,14 +20,14 @@ class StreamingDecoder:
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, possibly empty. Special tokens have none."""
+        """Returns the text that `token_id` completes, possibly empty. Special tokens have none."""
         if token_id in self._special:
             return ""
         self._held.append(token_id)
         return self.flush() if self._is_settled(token_id) else ""
 
     def flush(self) -> str:
-        """The text held back, where no further token comes; bytes of an unfinished character become replacement characters."""
+        """Returns the text held back, where no further token comes; bytes of an unfinished character become replacement characters."""
         text = self._decode(self._held)
         if text:
             self._anchor = self._tokenizer.encode("a")

@@ -41,7 +41,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer `"bytes"`, or that of a file or directory, recognised by its content.
+    """Loads the tokenizer `"bytes"`, or that of a file or directory, recognised by its content.
 
     Raises UserError where there is none, where the file is damaged or of another kind, or where its library is not installed.
     """

@@ -35,8 +35,8 @@ If none does, or if a required parameter is not known, say so in words.""",
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]], tool_format: str) -> str:
-    """What a model is told of the user's own tools: dicts with name, description, parameters (a JSON schema), bare or as the "function"
-    of a dict. Raises UserError where they are not that."""
+    """Returns what a model is told of the user's own tools: dicts with name, description, parameters (a JSON schema), bare or as the
+    "function" of a dict. Raises UserError where they are not that."""
     check_json(tools, "tools")
     functions = [tool.get("function", tool) if isinstance(tool, Mapping) else {} for tool in tools]
     if not all(isinstance(function, Mapping) and isinstance(function.get("name"), str) for function in functions):
@@ -46,8 +46,8 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], tool_format: str) -> str:
 
 
 def write_calls(calls: Sequence[ToolCall], tool_format: str, has_ipython: bool) -> tuple[bool, str]:
-    """Whether <|python_tag|> comes before the calls, and their text. `has_ipython`: the system message says "Environment: ipython", which
-    puts the tag before JSON calls, too. Raises UserError for several calls in a format that has one a message."""
+    """Returns whether <|python_tag|> comes before the calls, and their text. `has_ipython`: the system message says "Environment: ipython",
+    which puts the tag before JSON calls, too. Raises UserError for several calls in a format that has one a message."""
     builtin = [text for call in calls if (text := _write_builtin(call)) is not None]
     if len(calls) > 1 and (builtin or tool_format == "json"):
         raise UserError(
@@ -65,7 +65,7 @@ def write_calls(calls: Sequence[ToolCall], tool_format: str, has_ipython: bool) 
 
 
 def read_calls(text: str, is_tagged: bool) -> tuple[str, tuple[ToolCall, ...]]:
-    """The text before the calls and the calls in what an assistant wrote, behind <|python_tag|> (`is_tagged`) or not.
+    """Returns the text before the calls and the calls in what an assistant wrote, behind <|python_tag|> (`is_tagged`) or not.
 
     What is not wholly well-formed calls stays text, or behind the tag code for the interpreter.
     """
@@ -79,7 +79,8 @@ def read_calls(text: str, is_tagged: bool) -> tuple[str, tuple[ToolCall, ...]]:
 
 
 def _checked(calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
-    """Nothing where the arguments are not JSON (Python has bytes, and 1e999 is infinite): such calls could not be written again."""
+    """Returns the calls, and nothing where their arguments are not JSON (Python has bytes, and 1e999 is infinite): such calls could not be
+    written again."""
     try:
         check_json([[call.name, call.arguments] for call in calls], "the answer")
     except UserError:
@@ -88,8 +89,8 @@ def _checked(calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
 
 
 def _write_builtin(call: ToolCall) -> str | None:
-    """None where it is not a call of a built-in tool. The text of a query stands as it is: whatever quotes it holds, it ends at the
-    last one."""
+    """Returns a call of a built-in tool as text, None where it is none. The text of a query stands as it is: whatever quotes it holds, it ends
+    at the last one."""
     if call.name in BUILTIN_TOOLS and call.arguments.keys() == {"query"} and isinstance(call.arguments["query"], str):
         return f'{call.name}.call(query="{call.arguments["query"]}")'
     if call.name == CODE_INTERPRETER and call.arguments.keys() == {"code"} and isinstance(call.arguments["code"], str):
@@ -113,7 +114,7 @@ def _read_json(text: str) -> tuple[ToolCall, ...]:
 
 
 def _read_function_tags(text: str) -> tuple[ToolCall, ...]:
-    """All of `text`, or nothing. The last closing tag may be missing."""
+    """Reads all of `text`, or nothing. The last closing tag may be missing."""
     calls, at = [], 0
     while at < len(text):
         start = re.compile(r"<function=([^<>{}]+)>\s*(?={)").match(text, at)
@@ -147,7 +148,7 @@ def _write_python_value(value: Any) -> str:
 
 
 def _read_python_list(text: str) -> tuple[ToolCall, ...]:
-    """Calls of plain names with literal keyword arguments in a list that is not empty."""
+    """Reads calls of plain names with literal keyword arguments in a list that is not empty."""
     if not text.startswith("["):
         return ()
     try:

@@ -103,7 +103,7 @@ class Categories(Block):
 
     @functools.cached_property
     def _classifiers(self) -> dict[str, tuple]:
-        """By name, the classifier and the number of its label. Loaded in the process that uses them."""
+        """Returns, by name, the classifier and the number of its label. Loaded in the process that uses them."""
         found = {}
         for name in ("code", "reasoning"):
             if config := getattr(self.config, name):
@@ -113,13 +113,13 @@ class Categories(Block):
 
 
 def share_of_lines(text: str, pattern: re.Pattern) -> float:
-    """Of the lines that are not blank, how many have a match of `pattern`."""
+    """Returns which share of the lines that are not blank has a match of `pattern`."""
     lines = [line for line in text[:READ_CHARACTERS].splitlines() if line.strip()]
     return sum(pattern.search(line) is not None for line in lines) / max(1, len(lines))
 
 
 def topic_rates(counts: Mapping[str, float], caps: Mapping[str, float]) -> dict[str, float]:
-    """The probability with which documents of each topic are kept, so that no topic in `caps` has a larger share of the tokens kept.
+    """Returns the probability with which documents of each topic are kept, so that no topic in `caps` has a larger share of the tokens kept.
 
     `counts`: tokens by topic; `caps`: largest share by topic. Drops as little as possible: topics below their caps are kept whole. Raises
     UserError where the caps cannot be met: every topic that there is has one and they sum to less than 1.

@@ -17,7 +17,7 @@ BATCH_CHARACTERS = 2**24  # of the documents that wait for a batch to fill, but 
 
 
 def open_classifier(path: str):
-    """A LinearClassifier from a file, a TransformerClassifier from a directory: both have `labels`, `batch_size` and `scores(texts)`."""
+    """Opens a LinearClassifier from a file, a TransformerClassifier from a directory: both have `labels`, `batch_size` and `scores(texts)`."""
     if not user_path(path).is_dir():
         return LinearClassifier.load(path)
     from herd_jax.curation.classification.transformer_classifier import TransformerClassifier  # not before it is needed: it starts jax
@@ -26,7 +26,7 @@ def open_classifier(path: str):
 
 
 def read_labels(path: str) -> tuple[str, ...]:
-    """The labels of a classifier, without starting jax. Raises UserError where the classifier is absent, damaged or another."""
+    """Returns the labels of a classifier, without starting jax. Raises UserError where the classifier is absent, damaged or another."""
     if not user_path(path).is_dir():
         return LinearClassifier.load(path).labels
     try:
@@ -36,7 +36,7 @@ def read_labels(path: str) -> tuple[str, ...]:
 
 
 def label_number(labels: Sequence[str], label: str, path: str) -> int:
-    """Raises UserError where the classifier at `path` does not know the label."""
+    """Returns the number of a label. Raises UserError where the classifier at `path` does not know the label."""
     if label not in labels:
         raise UserError(f"the classifier {path} has no label '{label}': choose one of {', '.join(labels)}")
     return labels.index(label)
@@ -70,7 +70,7 @@ def train_classifier(kind: str, sets: Mapping[str, Sequence[str]], judged: str |
 
 
 def in_batches(documents: Iterable[Document], size: int, visit: Callable[[list[Document]], None]) -> Iterator[Document]:
-    """The documents, after `visit` has seen them in batches of at most `size`."""
+    """Yields the documents, after `visit` has seen them in batches of at most `size`."""
     batch: list[Document] = []
     num_characters = 0
     for document in documents:

@@ -22,12 +22,12 @@ LEAST_TEXTS = 20  # of each label
 
 
 def text_id(text: str) -> str:
-    """16 hex digits that depend on the text alone."""
+    """Returns 16 hex digits that depend on the text alone."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def read_texts(sources: Sequence[str], text_field: str = "text") -> list[str]:
-    """The beginnings of the documents in files that globs name (see `herd_jax.data.documents`). Raises UserError where there are none."""
+    """Returns the beginnings of the documents in files that globs name (see `herd_jax.data.documents`). Raises UserError where there are none."""
     skipped: Counter[str] = Counter()
     units = work_units(find_files(sources, leave_out=Path("/dev/null")))
     texts = [text[:MAX_CHARACTERS] for unit in units for piece in unit for text in read_documents(piece, text_field, skipped)]
@@ -39,7 +39,7 @@ def read_texts(sources: Sequence[str], text_field: str = "text") -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-    """`targets_NC`: float32, of each of N texts a distribution over the C labels."""
+    """Texts with what they are to be classified as. `targets_NC`: float32, for each of N texts a distribution over the C labels."""
 
     labels: tuple[str, ...]
     texts: list[str]
@@ -47,14 +47,14 @@ class Labelled:
 
     @classmethod
     def of_sets(cls, sets: Mapping[str, Iterable[str]]) -> "Labelled":
-        """One set of texts for each label; a text that comes again in its set is left out."""
+        """Takes one set of texts for each label; a text that comes again in its set is left out."""
         distinct = {label: list(dict.fromkeys(texts)) for label, texts in sets.items()}
         numbers = np.repeat(np.arange(len(sets)), [len(texts) for texts in distinct.values()])
         return cls(tuple(sets), sum(distinct.values(), []), np.eye(len(sets), dtype=np.float32)[numbers])
 
     @classmethod
     def of_judgements(cls, path: str | Path) -> "Labelled":
-        """What `labels.label_files` wrote. Raises UserError where the file is another."""
+        """Reads what `labels.label_files` wrote. Raises UserError where the file is another."""
         try:
             lines = [json.loads(line) for line in user_path(path).read_text().splitlines()]
             labels = tuple(lines[0]["scores"])
@@ -64,8 +64,8 @@ class Labelled:
             raise UserError(f"{path} cannot be read as a judge's labels ({error!r:.80}): make it with the label command") from error
 
     def split(self) -> tuple["Labelled", "Labelled", "Labelled"]:
-        """(to learn from, to choose when to stop, to report on): each label's texts in the order of their hashes, so that equal texts stay
-        together and the split depends on nothing else. Raises UserError where a label has too few."""
+        """Returns those to learn from, to choose when to stop, and to report on: each label's texts in the order of their hashes, so that
+        equal texts stay together and the split depends on nothing else. Raises UserError where a label has too few."""
         if len(self.labels) < 2:
             raise UserError(f"there is only the label {', '.join(self.labels)}: a classifier needs two or more")
         parts: tuple[list, list, list] = ([], [], [])
@@ -94,7 +94,7 @@ class Evaluation:
 
 
 def evaluate(scores_NC: np.ndarray, targets_NC: np.ndarray) -> Evaluation:
-    """Of predicted probabilities."""
+    """Compares predicted probabilities with the targets."""
     truth = targets_NC.argmax(axis=1)
     loss = -(targets_NC * np.log(np.maximum(scores_NC, 1e-12))).sum(axis=1).mean()
     areas = [auc(scores_NC[:, c], truth == c) for c in range(scores_NC.shape[1])]
@@ -102,7 +102,7 @@ def evaluate(scores_NC: np.ndarray, targets_NC: np.ndarray) -> Evaluation:
 
 
 def auc(scores_N: np.ndarray, positive_N: np.ndarray) -> float:
-    """How often a positive scores above a negative, ties counted half: the area under the ROC curve."""
+    """Returns how often a positive scores above a negative, ties counted half: the area under the ROC curve."""
     _, rank = np.unique(scores_N, return_inverse=True)
     positives, negatives = np.bincount(rank, positive_N), np.bincount(rank, ~positive_N)
     below = np.cumsum(negatives) - negatives

@@ -41,7 +41,7 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """`answers`: label -> the word that the judge answers with; the words' first tokens must differ."""
+    """What a judge is asked: `answers` is label -> the word that it answers with; the words' first tokens must differ."""
 
     question: str
     answers: dict[str, str]
@@ -73,14 +73,14 @@ REQUIREMENTS = {
 
 
 def find_requirement(name: str) -> Requirement:
-    """Raises UserError for an unknown name."""
+    """Returns the requirement of that name. Raises UserError for an unknown name."""
     if name not in REQUIREMENTS:
         raise UserError(f"requirement '{name}' is not known: choose one of {', '.join(REQUIREMENTS)}")
     return REQUIREMENTS[name]
 
 
 def label(model: "Judge", texts: Sequence[str], requirement: Requirement) -> list[dict[str, float]]:
-    """Of each text, the probability of each label by the judge `model`.
+    """Returns the probability of each label for each text, by the judge `model`.
 
     Raises UserError where it is no chat model or two answers begin alike.
     """
@@ -127,7 +127,7 @@ def _label_batch(model: "Judge", texts: Sequence[str], requirement: Requirement)
 
 
 def _answer_ids(model: "Judge", requirement: Requirement) -> dict[str, int]:
-    """Label -> first token of its answer."""
+    """Returns label -> first token of its answer."""
     if model.tokenizer is None:
         raise UserError("the judge has no tokenizer beside it: put the tokenizer's files into its directory")
     ids = {name: model.tokenizer.encode_continuation(word)[0] for name, word in requirement.answers.items()}
@@ -153,7 +153,7 @@ def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _read_done(target: Path, about: dict[str, str]) -> set[str]:
-    """The ids of the documents that are in `target`. A line that was cut off while it was written is taken away."""
+    """Returns the ids of the documents that are in `target`. A line that was cut off while it was written is taken away."""
     if not target.is_file():
         return set()
     content = target.read_bytes()

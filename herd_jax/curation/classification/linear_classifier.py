@@ -54,7 +54,7 @@ class LinearClassifier:
     batch_size = 1  # texts that are best scored together: one, while its words are remembered
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
-        """Probabilities of the labels: float32 [N, C]. Memory for a text: that of `words.split`, and 4 MB."""
+        """Returns the probabilities of the labels: float32 [N, C]. Memory for a text: that of `words.split`, and 4 MB."""
         logits = [_mean(self.weights_FC, features(text, self.config.num_features)) for text in texts]
         return _softmax(np.asarray(logits, np.float32).reshape(-1, len(self.labels)) + self.bias_C)
 
@@ -72,7 +72,7 @@ class LinearClassifier:
 
     @classmethod
     def load(cls, path: str | Path) -> "LinearClassifier":
-        """Raises UserError where the file is absent, damaged or another."""
+        """Reads what `save` wrote. Raises UserError where the file is absent, damaged or another."""
         if not user_path(path).is_file():
             raise UserError(f"the linear classifier {path} does not exist: train it with the train-classifier command, or correct its path")
         try:
@@ -88,13 +88,14 @@ class LinearClassifier:
 
 
 def features(text: str, num_features: int) -> np.ndarray:
-    """Places of the text's words and bigrams in the table, as often as they occur: int64 [n]."""
+    """Returns the places of the text's words and bigrams in the table, as often as they occur: int64 [n]."""
     folded = words.split(text).folded[:MAX_WORDS]
     return (np.concatenate([folded, words.ngrams(folded, 2)]) % np.uint64(num_features)).astype(np.int64)
 
 
 def train(labelled: Labelled, config: LinearConfig = LinearConfig()) -> tuple[LinearClassifier, Evaluation]:
-    """The classifier with the best loss on texts held out from learning, and how it does on others held out. The same for the same texts.
+    """Returns the classifier with the best loss on texts held out from learning, and how it does on others held out. It is the same for the same
+    texts.
 
     AdaGrad on the cross entropy. Memory: 8 bytes for each word, and three
     tables of weights.
@@ -121,7 +122,7 @@ def train(labelled: Labelled, config: LinearConfig = LinearConfig()) -> tuple[Li
 
 
 def _learn(weights_FC, bias_C, squares, bags: list[np.ndarray], targets_BC: np.ndarray, rate: float) -> None:
-    """One step of AdaGrad, in place."""
+    """Makes one step of AdaGrad, in place."""
     flat, lengths = np.concatenate(bags), np.asarray([len(bag) for bag in bags])
     starts = np.cumsum(lengths) - lengths
     logits_BC = np.add.reduceat(weights_FC[flat], starts) / lengths[:, None] + bias_C

@@ -84,7 +84,7 @@ class Quality(Block):
 
     @functools.cached_property
     def _classifiers(self) -> dict[str, tuple]:
-        """By name, the classifier and the number of its label. Loaded in the process that uses them."""
+        """Returns, by name, the classifier and the number of its label. Loaded in the process that uses them."""
         found = {}
         for name, stage in self.stages.items():
             classifier = open_classifier(stage.path)

@@ -74,8 +74,8 @@ class TransformerClassifier:
     batch_tokens = 4096
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
-        """Probabilities of the labels: float32 [N, C], of the beginnings of the texts. A text's do not depend on those beside it, but for
-        the last bits where batches differ in shape."""
+        """Returns the probabilities of the labels: float32 [N, C], of the beginnings of the texts. A text's do not depend on those beside it,
+        but for the last bits where batches differ in shape."""
         scores_NC = np.empty((len(texts), len(self.labels)), np.float32)
         ids = [_encode(self.tokenizer, text, self.config.max_tokens) for text in texts]
         for batch in _batches(ids, np.arange(len(ids)), self.batch_tokens):
@@ -101,7 +101,7 @@ class TransformerClassifier:
 
     @classmethod
     def load(cls, directory: str | Path) -> "TransformerClassifier":
-        """Raises UserError where the directory is absent, damaged or another."""
+        """Reads what `save` wrote. Raises UserError where the directory is absent, damaged or another."""
         directory = user_path(directory)
         if not directory.is_dir():
             raise UserError(f"the classifier {directory} does not exist: train it with the train-classifier command, or correct its path")
@@ -123,7 +123,7 @@ class TransformerClassifier:
 
 
 def train(labelled: Labelled, config: TransformerConfig = TransformerConfig()) -> tuple[TransformerClassifier, Evaluation]:
-    """The classifier after the pass with the best loss on texts held out from learning, and how it does on others held out.
+    """Returns the classifier after the pass with the best loss on texts held out from learning, and how it does on others held out.
 
     AdamW with the house's schedule on the cross entropy with the targets, clipped at norm 1. The same for the same texts on one kind
     of device.
@@ -195,7 +195,7 @@ def _encode(tokenizer: Tokenizer, text: str, max_tokens: int) -> np.ndarray:
 
 
 def _printable(text: str) -> str:
-    """Lone surrogates, which tokenizers refuse, as question marks."""
+    """Returns the text with question marks for lone surrogates, which tokenizers refuse."""
     return text.encode(errors="replace").decode()
 
 
@@ -205,7 +205,7 @@ def _shuffled(rng: np.random.Generator, ids: list[np.ndarray], batch_tokens: int
 
 
 def _batches(ids: list[np.ndarray], order: np.ndarray, batch_tokens: int) -> Iterator[TextBatch]:
-    """Texts in `order`, of lengths within a factor of 2, as many to a batch as `batch_tokens` hold: a handful of shapes for all."""
+    """Yields texts in `order`, of lengths within a factor of 2, as many to a batch as `batch_tokens` hold: a handful of shapes for all."""
     lengths = np.asarray([max(LEAST_LENGTH, 1 << (len(ids[i]) - 1).bit_length()) for i in order])
     for length in np.unique(lengths):
         size = max(1, batch_tokens // int(length))

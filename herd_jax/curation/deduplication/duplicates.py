@@ -99,7 +99,7 @@ class Duplicates(Block):
 
 
 def url_records(doc: Document) -> np.ndarray:
-    """URL [1]; none for a document without a URL."""
+    """Returns URL [1], or none for a document without a URL."""
     url = normalised_url(doc.metadata["url"])
     if not url:
         return np.empty(0, URL)
@@ -107,12 +107,12 @@ def url_records(doc: Document) -> np.ndarray:
 
 
 def older_versions(records: np.ndarray) -> np.ndarray:
-    """DUPLICATE of URL records: all of a URL but its newest, of several equally new but the first."""
+    """Returns DUPLICATE for URL records: all of a URL but its newest, of several equally new but the first."""
     return all_but_first(records[np.lexsort((records["document"], -records["date"], records["key"]))])
 
 
 def all_but_first(records: np.ndarray) -> np.ndarray:
-    """DUPLICATE of records in order: those that share the key of the one before, each with the first of its key."""
+    """Returns DUPLICATE for records in order: those that share the key of the one before, each with the first of its key."""
     first = is_first(records["key"])
     kept = records["document"][first][np.cumsum(first) - 1]
     found = np.empty((~first).sum(), DUPLICATE)
@@ -121,12 +121,12 @@ def all_but_first(records: np.ndarray) -> np.ndarray:
 
 
 def is_first(sorted_keys: np.ndarray) -> np.ndarray:
-    """bool: the key differs from the one before."""
+    """Returns bool: whether each key differs from the one before."""
     return np.concatenate([np.ones(min(len(sorted_keys), 1), bool), sorted_keys[1:] != sorted_keys[:-1]])
 
 
 def normalised_url(url: str) -> str:
-    """Without scheme, fragment and the case of the host, which do not tell pages apart."""
+    """Returns the URL without scheme, fragment and the case of the host, which do not tell pages apart."""
     try:
         parts = urlsplit(url.strip())
     except ValueError:
@@ -135,7 +135,7 @@ def normalised_url(url: str) -> str:
 
 
 def seconds(date: str) -> int:
-    """Since 1970, of an ISO 8601 date; the distant past if it is none."""
+    """Returns the seconds from 1970 to an ISO 8601 date; to the distant past if it is none."""
     try:
         moment = datetime.datetime.fromisoformat(date)
     except ValueError:

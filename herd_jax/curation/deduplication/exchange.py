@@ -22,14 +22,14 @@ def write(directory: Path, task: int, records: np.ndarray) -> None:
 
 
 def read(directory: Path, low: int, high: int) -> np.ndarray:
-    """The records with keys in [low, high) of all tasks, sorted by key, equal keys in the order of their tasks."""
+    """Returns the records with keys in [low, high) of all tasks, sorted by key, equal keys in the order of their tasks."""
     parts = [part[:] for part in parts_between(directory, low, high)]
     records = np.concatenate(parts)
     return records[np.argsort(records["key"], kind="stable")]
 
 
 def parts_between(directory: Path, low: int, high: int) -> Iterator[np.ndarray]:
-    """Of each task the records with keys in [low, high), sorted, mapped and not yet read."""
+    """Yields, for each task, the records with keys in [low, high), sorted, mapped and not yet read."""
     for file in sorted(directory.glob("*.npy")):
         records = np.load(file, mmap_mode="r")
         first = np.searchsorted(records["key"], np.uint64(low))
@@ -38,5 +38,5 @@ def parts_between(directory: Path, low: int, high: int) -> Iterator[np.ndarray]:
 
 
 def key_range(task: int, num_tasks: int) -> tuple[int, int]:
-    """A task's share of the keys, where they are spread evenly over 64 bits."""
+    """Returns a task's share of the keys, where they are spread evenly over 64 bits."""
     return task * 2**64 // num_tasks, (task + 1) * 2**64 // num_tasks

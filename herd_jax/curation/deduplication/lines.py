@@ -60,7 +60,7 @@ class Bucket(PipelineStep):
 
 
 def line_records(doc: Document) -> np.ndarray:
-    """LINE [lines that differ]."""
+    """Returns LINE [lines that differ]."""
     keys = np.unique(line_keys(doc))
     records = np.empty(len(keys), LINE)
     records["key"], records["bucket"] = keys, doc.metadata["bucket"]
@@ -68,7 +68,7 @@ def line_records(doc: Document) -> np.ndarray:
 
 
 def line_keys(doc: Document) -> np.ndarray:
-    """uint64 [lines]: the hash of each line with its language, 0 for lines without a letter or digit and for source code."""
+    """Returns uint64 [lines]: the hash of each line with its language, 0 for lines without a letter or digit and for source code."""
     lines = doc.text.split("\n")
     if doc.metadata["media_type"] == "text/x-code":
         return np.zeros(len(lines), np.uint64)

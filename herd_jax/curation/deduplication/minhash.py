@@ -23,7 +23,7 @@ BLOCK = 1024  # shingles hashed at once, so that they stay in the processor's ca
 
 @dataclasses.dataclass(frozen=True)
 class MinHash:
-    """`bands` x `rows` hash functions over the sets of 5 successive words, whatever their case, accents and digits.
+    """Applies `bands` x `rows` hash functions over the sets of 5 successive words, whatever their case, accents and digits.
 
     A band's key hashes its minima together with the language: pages are compared within theirs.
     """
@@ -32,7 +32,7 @@ class MinHash:
     rows: int
 
     def records(self, doc: Document) -> np.ndarray:
-        """BAND [bands]; none for a document without words. One of fewer than 5 words is compared as a whole."""
+        """Returns BAND [bands], or none for a document without words. One of fewer than 5 words is compared as a whole."""
         folded = words.split(doc.text).folded
         if len(folded) == 0:
             return np.empty(0, BAND)
@@ -44,7 +44,7 @@ class MinHash:
         return records
 
     def signature(self, shingles: np.ndarray) -> np.ndarray:
-        """uint64 [bands x rows]: the least value of each function over hashed shingles, at least one."""
+        """Returns uint64 [bands x rows]: the least value of each function over hashed shingles, at least one."""
         multipliers, offsets = self._functions
         minima = [
             (multipliers * block + offsets).min(axis=1) for block in np.split(shingles, range(BLOCK, len(shingles), BLOCK))
@@ -53,15 +53,15 @@ class MinHash:
 
     @functools.cached_property
     def _functions(self) -> np.ndarray:
-        """x -> ax + b modulo 2^64 with odd a, which permutes the hashes: uint64 [2, bands x rows, 1]."""
+        """Returns a and b of the functions x -> ax + b modulo 2^64 with odd a, which permutes the hashes: uint64 [2, bands x rows, 1]."""
         functions = np.random.default_rng(0).integers(0, 2**64, (2, self.bands * self.rows, 1), np.uint64)
         functions[0] |= np.uint64(1)
         return functions
 
 
 def near_duplicates(records: np.ndarray) -> np.ndarray:
-    """DUPLICATE of BAND records as an exchange gives them, in order of key and document: the documents that an earlier one shares a band with,
-    each once, with the earliest of those."""
+    """Returns DUPLICATE for BAND records as an exchange gives them, in order of key and document: the documents that an earlier one shares a
+    band with, each once, with the earliest of those."""
     found = all_but_first(records)
     found = found[np.lexsort((found["kept"], found["key"]))]
     return found[is_first(found["key"])]

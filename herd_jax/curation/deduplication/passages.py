@@ -16,7 +16,7 @@ REPEATED = np.dtype([exchange.KEY, ("position", "<u8")])  # keyed by document nu
 
 
 class PassageRecords:
-    """PASSAGE of a document: every run of `num_words` words, by its hash and the position of its first word. 24 bytes a word."""
+    """Gives PASSAGE for a document: every run of `num_words` words, by its hash and the position of its first word. 24 bytes a word."""
 
     def __init__(self, num_words: int):
         self._num_words = num_words
@@ -29,7 +29,7 @@ class PassageRecords:
 
 
 def repeated_passages(records: np.ndarray) -> np.ndarray:
-    """REPEATED of PASSAGE records as an exchange gives them, in order of key, document and position: all of a key but the first."""
+    """Returns REPEATED for PASSAGE records as an exchange gives them, in order of key, document and position: all of a key but the first."""
     again = records[~is_first(records["key"])]
     found = np.empty(len(again), REPEATED)
     found["key"], found["position"] = again["document"], again["position"]

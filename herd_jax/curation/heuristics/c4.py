@@ -89,12 +89,12 @@ def _has_longer_word(line: str, limit: int) -> bool:
 
 
 def _has_sentences(text: str, lines: list[str], minimum: int) -> bool:
-    """Whether the lines, joined in `text`, hold so many sentences; each line begins one."""
+    """Returns whether the lines, joined in `text`, hold so many sentences; each line begins one."""
     return len(lines) >= minimum or num_sentences(text, lines) >= minimum
 
 
 def num_sentences(text: str, lines: list[str]) -> int:
-    """Sentences of the lines that `text` joins: a line's first word begins one, and so does a word behind a sign that ends one."""
+    """Counts the sentences of the lines that `text` joins: a line's first word begins one, and so does a word behind a sign that ends one."""
     found = words.split(text)
     ends = ((found.kinds & ENDS_SENTENCE) != 0) & (found.lengths == 1)
     begins = ((found.kinds & NOT_PUNCTUATION) != 0) & ~ends

@@ -48,7 +48,7 @@ class DirtyWords(ProseBlock):
 
 @functools.cache
 def _phrases(word_list: str | None) -> list[tuple[int, np.ndarray]]:
-    """The hashes of the phrases of n words, sorted, for each n; "#" begins a comment line."""
+    """Returns the hashes of the phrases of n words, sorted, for each n; "#" begins a comment line."""
     by_length = defaultdict(set)
     for line in Path(word_list or _DEFAULT_LIST).read_text(encoding="utf-8").splitlines():
         folded = words.split(line).folded

@@ -88,7 +88,7 @@ def _above(value: float, limit: float | None) -> bool:
 
 
 def _has_stop_words(hashes: np.ndarray, stop_words: tuple[str, ...], minimum: int) -> bool:
-    """Whether `minimum` different ones of the stop words are among the words."""
+    """Returns whether `minimum` different ones of the stop words are among the words."""
     found = 0
     for stop_word in _hashes(stop_words):
         found += bool((hashes == stop_word).any())

@@ -76,16 +76,16 @@ class LanguageWords:
         self._surprise = -np.log((counts + 0.5) / (counts.sum() + 0.5 * BINS))  # of a word in a bin, those never seen among them
 
     def excess(self, found: words.Words) -> float:
-        """Nats by which the words diverge more from the language than a sample of the language of the same length does."""
+        """Returns the nats by which the words diverge more from the language than a sample of the language of the same length does."""
         return self._divergence(_bins(found)) - self._expected(len(found.folded))
 
     def _divergence(self, bins: np.ndarray) -> float:
-        """sum of p log(p / q): p the fraction of the words in a bin, q the language's."""
+        """Returns the sum of p log(p / q): p the fraction of the words in a bin, q the language's."""
         _, counts = np.unique(bins, return_counts=True)
         return float(self._surprise[bins].mean() + (counts * np.log(counts / len(bins))).sum() / len(bins))
 
     def _expected(self, num_words: int) -> float:
-        """The divergence of a random sample: measured at powers of two, straight lines between them."""
+        """Returns the divergence of a random sample: measured at powers of two, straight lines between them."""
         size = min(max(num_words, 1), _LONGEST_SAMPLE)
         power = size.bit_length() - 1
         low, high = self._sampled(power), self._sampled(power + 1)

@@ -64,7 +64,7 @@ class Repetition(ProseBlock):
 
 
 def duplicates(parts: list[str]) -> tuple[int, int]:
-    """How many parts are copies of earlier ones, and their characters."""
+    """Returns how many parts are copies of earlier ones, and their characters."""
     distinct = set(parts)
     if len(distinct) == len(parts):
         return 0, 0
@@ -95,7 +95,7 @@ def _judge_ngrams(found: words.Words, num_characters: int, settings: RepetitionC
 
 
 def _repeated_ngrams(hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """n = 2, 3, ... as far as there are n-grams, with the positions (ascending) and hashes of those that occur more than once.
+    """Yields n = 2, 3, ... as far as there are n-grams, with the positions (ascending) and hashes of those that occur more than once.
 
     Those of n + 1 words are looked for where those of n words are: few positions are left soon.
     """
@@ -115,7 +115,7 @@ def _repeated_ngrams(hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.n
 
 
 def _most_frequent(at: np.ndarray, grams: np.ndarray) -> tuple[int, int]:
-    """Position of the first occurrence and number of occurrences of the most frequent n-gram, of those the one that comes first."""
+    """Returns the position of the first occurrence and the number of occurrences of the most frequent n-gram, of those the one that comes first."""
     if not len(at):
         return 0, 1
     ordered = np.sort(grams)
@@ -128,7 +128,7 @@ def _most_frequent(at: np.ndarray, grams: np.ndarray) -> tuple[int, int]:
 
 
 def _copies_exceed(at: np.ndarray, grams: np.ndarray, lengths: np.ndarray, n: int, limit: float) -> bool:
-    """Whether n-grams seen before make up more than `limit` characters; read from the left, one that overlaps such a copy is not seen."""
+    """Returns whether n-grams seen before make up more than `limit` characters; read from the left, one that overlaps such a copy is not seen."""
     seen, end, characters = set(), 0, 0
     for position, gram, length in zip(at.tolist(), grams.tolist(), lengths.tolist(), strict=True):
         if position >= end:

@@ -43,7 +43,7 @@ _LINE_ENDS = "".join(sorted(TERMINAL_PUNCTUATION)) + "\"'”’»」』"
 
 
 def _european(language: str, stop_words: str) -> Rules:
-    """Gopher's rules with the language's own stop words, C4's with its own words about cookies and privacy."""
+    """Returns Gopher's rules with the language's own stop words, C4's with its own words about cookies and privacy."""
     return Rules(
         language,
         quality=GopherQualityConfig(min_alphabetic_words=_LEAST_ALPHABETIC, stop_words=tuple(stop_words.split())),

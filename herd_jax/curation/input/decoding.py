@@ -11,7 +11,7 @@ _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16"
 
 
 def decode(content: bytes, charset: str = "", is_html: bool = False) -> str | None:
-    """The text, or None where the bytes are not text. Never fails: what no encoding explains becomes U+FFFD.
+    """Returns the text, or None where the bytes are not text. Never fails: what no encoding explains becomes U+FFFD.
 
     The encoding is that of a byte order mark, else UTF-8 if the bytes are valid UTF-8 (which other text hardly ever is, whatever a server
     says), else the declared `charset`, else that of the page's meta element, if one fits, else the one that the bytes look like.

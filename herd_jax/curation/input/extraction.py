@@ -112,7 +112,7 @@ class Extraction(Block):
 
 
 def extract_text(page: str) -> str | None:
-    """The text of an HTML page, "" where it has none; None where elements are nested more than MAX_DEPTH deep."""
+    """Returns the text of an HTML page, "" where it has none; None where elements are nested more than MAX_DEPTH deep."""
     aside: list[str] = []
     skipped = [*_BOILERPLATE, _MATHJAX_OUTPUT] if "math/tex" in page else _BOILERPLATE
     page = _put_aside(_MARKS.sub("", page), aside)
@@ -129,13 +129,13 @@ def extract_text(page: str) -> str | None:
 
 
 def strip_markdown(text: str) -> str:
-    """The text without the markers of headings, quotes, rules, links, emphasis and code. What is code or a formula stays as it is."""
+    """Returns the text without the markers of headings, quotes, rules, links, emphasis and code. What is code or a formula stays as it is."""
     aside: list[str] = []
     return _put_back(_strip_markdown(_MARKS.sub("", text), aside), aside)
 
 
 def _put_aside(page: str, aside: list[str]) -> str:
-    """The page with code and formulas moved to `aside`, tokens in their places, and the text of links between marks."""
+    """Returns the page with code and formulas moved to `aside`, tokens in their places, and the text of links between marks."""
     page = _LONG_TAG.sub(r"<\1>", _DATA_URL.sub("", page))
     parts, position, never_ended = [], 0, set()
     while match := _TAG.search(page, position):
@@ -200,7 +200,7 @@ def _put_back(text: str, aside: list[str]) -> str:
 
 
 def _may_be_deep(source: bytes) -> bool:
-    """Whether MAX_DEPTH elements may be open at once, for all that start and end tags tell: quick, and never wrongly False."""
+    """Returns whether MAX_DEPTH elements may be open at once, for all that start and end tags tell: quick, and never wrongly False."""
     codes = np.frombuffer(source, np.uint8)
     after = codes[np.flatnonzero(codes[:-1] == ord("<")) + 1]
     starts, ends = (after | 32) - ord("a") < 26, after == ord("/")

@@ -25,7 +25,7 @@ _TEMPLATES = {
 
 
 def delimit(tex: str, attributes: str = "") -> str:
-    """`$tex$`, or `$$tex$$` where the attributes say that it stands on a line of its own; what has delimiters keeps them."""
+    """Returns `$tex$`, or `$$tex$$` where the attributes say that it stands on a line of its own; what has delimiters keeps them."""
     tex = tex.strip()
     if match := _STYLE.fullmatch(tex):
         tex = match[1].strip()
@@ -35,7 +35,7 @@ def delimit(tex: str, attributes: str = "") -> str:
 
 
 def from_mathml(attributes: str, content: str) -> str:
-    """The formula of `<math ATTRIBUTES>CONTENT</math>`, both as they stand in the page."""
+    """Returns the formula of `<math ATTRIBUTES>CONTENT</math>`, both as they stand in the page."""
     if match := _ANNOTATION.search(content):
         tex = html.unescape(match[1])
     elif match := _ALTTEXT.search(attributes):

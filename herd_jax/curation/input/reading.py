@@ -50,7 +50,7 @@ class ReadingConfig:
 
 
 def find_inputs(sources: tuple[str, ...], leave_out: Path) -> list[Path]:
-    """The files that globs, files and directories name, sorted, each once, not under `leave_out`.
+    """Returns the files that globs, files and directories name, sorted, each once, not under `leave_out`.
 
     Raises UserError for a source without files, a directory that cannot be read, and a file named by itself that is of no known format.
     """
@@ -71,7 +71,7 @@ def _refuse(error: OSError) -> None:
 
 
 def plan_tasks(files: Sequence[Path]) -> list[list[Piece]]:
-    """The work in tasks of about equal size: the same for the same files, whoever does it. A WARC is never cut."""
+    """Cuts the work into tasks of about equal size: the same ones for the same files, whoever does it. A WARC is never cut."""
     return work_units(files)
 
 
@@ -168,12 +168,12 @@ def _document(
 
 
 def _unicode(text: str) -> str:
-    """The text without the lone surrogates that JSON and names of files can spell."""
+    """Returns the text without the lone surrogates that JSON and names of files can spell."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _iso_date(date: Any) -> str:
-    """The date in UTC as 2024-01-31T12:00:00Z, so that later dates are greater strings; "" where it is none."""
+    """Returns the date in UTC as 2024-01-31T12:00:00Z, so that later dates are greater strings; "" where it is none."""
     try:
         if isinstance(date, str):
             date = datetime.datetime.fromisoformat(date.strip())

@@ -34,7 +34,7 @@ class Capture:
 
 
 def read_captures(path: Path, max_bytes: int) -> Iterator[Capture | None]:
-    """The captures of a file in its order; None for each damaged stretch, after which reading goes on at the next record found.
+    """Yields the captures of a file in its order; None for each damaged stretch, after which reading goes on at the next record found.
 
     Responses with status 200 and bodies of HTML or plain text have content; resources and conversions likewise. A stretch is damaged
     where a record does not decompress, does not parse, ends too early or does not have the digest that it states. At most one record is in
@@ -62,7 +62,7 @@ def read_captures(path: Path, max_bytes: int) -> Iterator[Capture | None]:
 
 
 def _read_capture(record: WarcRecord, number: int, max_bytes: int) -> Capture | None:
-    """None where the record is no document; raises OSError where it is damaged."""
+    """Returns the document of a record, None where it is none; raises OSError where it is damaged."""
     if record.record_type & _DOCUMENT_TYPES == 0:
         return None
     headers = record.headers
@@ -90,7 +90,7 @@ def _read_capture(record: WarcRecord, number: int, max_bytes: int) -> Capture | 
 
 
 def _read_http(block: bytes, max_bytes: int) -> tuple[int | None, str, str, bytes]:
-    """Status, media type, charset and body without its transfer and content encodings."""
+    """Returns status, media type, charset and body without its transfer and content encodings."""
     for decode in ("all", "none"):  # some archives keep the header of an encoding that they took away
         record = WarcRecord()
         record.init_headers(WarcRecordType.response, content_length=len(block))
@@ -115,7 +115,7 @@ def _is_intact(block: bytes, digest: str) -> bool:
 
 
 def _find(file: BinaryIO, pattern: bytes, position: int) -> int | None:
-    """The next place of the pattern in the file, from `position` on."""
+    """Returns the next place of the pattern in the file, from `position` on."""
     file.seek(position)
     tail = b""
     while chunk := file.read(_CHUNK_BYTES):

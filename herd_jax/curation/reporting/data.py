@@ -66,8 +66,8 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class CurationReport:
-    """`tokens`: of each stream, by name and part. `characters_per_token`: over all streams, None without any. `read`: documents after the
-    first phase, by language and by source type. `remarks`: what could not be read of the workdir itself."""
+    """What is known of a run. `tokens`: of each stream, by name and part. `characters_per_token`: over all streams, None without any. `read`:
+    documents after the first phase, by language and by source type. `remarks`: what could not be read of the workdir itself."""
 
     directory: str
     phases: list[Phase]
@@ -87,7 +87,7 @@ class CurationReport:
 
     @property
     def is_finished(self) -> bool:
-        """The mix is the last that a run makes."""
+        """Returns whether the run has made its mix, which it makes last."""
         return self.mix is not None and not any(phase.unfinished for phase in self.phases)
 
     @property
@@ -95,7 +95,7 @@ class CurationReport:
         return self.steps[0].documents if self.steps else 0
 
     def tokens_by_category(self) -> dict[str, dict[str, int]]:
-        """Of each part of the streams: a category may have several."""
+        """Returns the tokens of each part of the streams by category, which may have several streams."""
         tokens: dict[str, dict[str, int]] = {}
         for stream, category in sorted({(group.stream, group.category) for group in self.clean.groups}):
             for part, count in self.tokens.get(stream, {}).items():
@@ -104,17 +104,17 @@ class CurationReport:
         return tokens
 
     def tokens_of(self, step: Step) -> float | None:
-        """Estimated from the characters per token of the streams."""
+        """Estimates the tokens after a step from the characters per token of the streams."""
         return step.characters / self.characters_per_token if self.characters_per_token and step.has_text else None
 
     def reasons(self) -> list[tuple[str, str, int]]:
-        """(block, reason, documents), the most frequent first."""
+        """Returns (block, reason, documents), the most frequent first."""
         found = [(step.block, reason, count) for step in self.steps for reason, count in step.reasons.items()]
         return sorted(found, key=lambda row: (-row[2], *row[:2]))
 
 
 def collect(directory: Path) -> CurationReport:
-    """Raises UserError where the directory is no curation workdir."""
+    """Collects what the files of a run say. Raises UserError where the directory is no curation workdir."""
     settings = read_settings(directory)
     phases, steps = read_phases(directory), read_steps(directory)
     clean = count_clean(directory / "clean")
@@ -141,7 +141,7 @@ def collect(directory: Path) -> CurationReport:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The "config" of the run and its "inputs", bytes by file. Raises UserError where the directory is no curation workdir."""
+    """Returns the "config" of the run and its "inputs", bytes by file. Raises UserError where the directory is no curation workdir."""
     settings = _json(directory / "config.json")
     if not isinstance(settings, dict) or not {"config", "inputs"} <= settings.keys():
         what = "has no config.json of a run" if directory.is_dir() else "does not exist"
@@ -150,7 +150,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_phases(directory: Path) -> list[Phase]:
-    """In the order of the run."""
+    """Returns the phases in the order of the run."""
     found = []
     for name, num_tasks in (_json(directory / "phases" / "tasks.json") or {}).items():
         completed = len(list((directory / "phases" / name / "completions").glob("*")))
@@ -159,7 +159,7 @@ def read_phases(directory: Path) -> list[Phase]:
 
 
 def read_steps(directory: Path) -> list[Step]:
-    """The blocks in the order in which documents meet them, summed over the completed tasks."""
+    """Returns the blocks in the order in which documents meet them, summed over the completed tasks."""
     steps: list[Step] = []
     tasks_before = None
     for phase in JUDGING:
@@ -197,12 +197,12 @@ def read_steps(directory: Path) -> list[Step]:
 
 
 def dropped_files(directory: Path) -> list[Path]:
-    """`dropped/PHASE/TASK.jsonl` of completed tasks, in the order of the phases."""
+    """Returns `dropped/PHASE/TASK.jsonl` of completed tasks, in the order of the phases."""
     return [file for phase in JUDGING for file in sorted((directory / "dropped" / phase).glob("*.jsonl"))]
 
 
 def document_at(directory: Path, place: str, columns: list[str]) -> dict[str, str] | None:
-    """The columns of the document at TASK:PLACE after the first phase; None where its file is gone. Holds one row group."""
+    """Returns the columns of the document at TASK:PLACE after the first phase; None where its file is gone. Holds one row group."""
     import pyarrow.parquet as pq
 
     task, row = map(int, place.split(":"))
@@ -219,7 +219,8 @@ def document_at(directory: Path, place: str, columns: list[str]) -> dict[str, st
 
 
 def _samples(directory: Path, steps: list[Step]) -> list[Sample]:
-    """Of each reason those whose id has the smallest hashes: any order of tasks gives the same. Holds `SAMPLES` lines a reason."""
+    """Returns, for each reason, the documents whose ids have the smallest hashes: any order of tasks gives the same. Holds `SAMPLES` lines a
+    reason."""
     heaps: dict[tuple[str, str, str], list[tuple[int, bytes]]] = defaultdict(list)
     for file in dropped_files(directory):
         with file.open("rb") as lines:
@@ -246,7 +247,7 @@ def _kept_instead(directory: Path, place: str) -> dict[str, str]:
 
 
 def _tokens(streams: Path) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Tokens by stream and part, and what is wrong with the streams that cannot be read."""
+    """Returns the tokens by stream and part, and what is wrong with the streams that cannot be read."""
     tokens: dict[str, dict[str, int]] = {}
     remarks = []
     for file in sorted(streams.glob(f"*/*/{HEADER}")):
@@ -261,12 +262,12 @@ def _tokens(streams: Path) -> tuple[dict[str, dict[str, int]], list[str]]:
 
 
 def _total(metric: dict | float) -> float:
-    """datatrove saves a metric as an object or, where it says it all, as its total."""
+    """Returns the total of a metric, which datatrove saves as an object or, where it says it all, as its total."""
     return metric["total"] if isinstance(metric, dict) else metric
 
 
 def _json(path: Path) -> Any:
-    """None where there is no such file."""
+    """Returns what a file says, None where there is no such file."""
     if not path.is_file():
         return None
     try:

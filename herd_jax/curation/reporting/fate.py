@@ -15,8 +15,8 @@ COLUMNS = ("url", "date", "source", "media_type", "language", "language_score", 
 
 @dataclasses.dataclass
 class Fate:
-    """`read`, `clean`: the row of the document after the first phase and in the result, with its "place", TASK:PLACE or a path;
-    `dropped`: its line in the log of drops, with its "phase". Each None where it is not there."""
+    """What became of a document. `read`, `clean`: the row of the document after the first phase and in the result, with its "place",
+    TASK:PLACE or a path; `dropped`: its line in the log of drops, with its "phase". Each None where it is not there."""
 
     id: str
     read: dict[str, Any] | None = None
@@ -25,7 +25,7 @@ class Fate:
 
 
 def lines_of_document(directory: Path, wanted: str) -> list[str]:
-    """What happened to the document with this id, or to the documents with this URL. Raises UserError where there is none."""
+    """Tells what happened to the document with this id, or to the documents with this URL. Raises UserError where there is none."""
     read_settings(directory)
     fates: dict[str, Fate] = {}
     for file, place, row in _rows(directory / "documents" / "read", "*.parquet", wanted):
@@ -73,7 +73,7 @@ def _line(name: str, value: str) -> str:
 
 
 def _rows(directory: Path, pattern: str, wanted: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """(file, place in it, row without the text) of the documents with this id or URL. Reads these two columns of all rows."""
+    """Yields (file, place in it, row without the text) of the documents with this id or URL. Reads these two columns of all rows."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

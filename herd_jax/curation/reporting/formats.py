@@ -2,12 +2,12 @@
 
 
 def printable(text: str) -> str:
-    """For a terminal: without control characters, changes of writing direction and lone surrogates."""
+    """Returns the text for a terminal: without control characters, changes of writing direction and lone surrogates."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def short(number: float) -> str:
-    """12345678 as 12.3M, 12345 as 12,345."""
+    """Writes 12345678 as 12.3M, and 12345 as 12,345."""
     for factor, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
         if abs(number) >= 0.9995 * factor and abs(number) >= 99_950:
             scaled = number / factor

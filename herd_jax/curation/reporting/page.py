@@ -97,7 +97,7 @@ def _reasons(report: CurationReport) -> Html | None:
 
 
 def _by(report: CurationReport, field: str, tokens: dict[str, dict[str, int]] | None) -> Html | None:
-    """Clean documents by a field of the groups, with their exact tokens or an estimate."""
+    """Shows the clean documents by a field of the groups, with their exact tokens or an estimate."""
     documents, characters, estimate = Counter(), Counter(), Counter()
     for group in report.clean.groups:
         key = getattr(group, field)

@@ -14,7 +14,7 @@ RAW = "raw"  # in the place of a number of characters before extraction
 
 
 def waterfall(report: CurationReport) -> Html:
-    """A row a block: what it kept, what it dropped beside it; documents at the left, characters of text at the right."""
+    """Draws a row for each block: what it kept, what it dropped beside it; documents at the left, characters of text at the right."""
     documents = max((step.documents for step in report.steps), default=0)
     characters = max((step.characters for step in report.steps if step.has_text), default=0)
     drawn = [
@@ -55,7 +55,7 @@ def _row(step: Step, y: float, documents: int, characters: int) -> Html:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], label: Callable[[float], str]) -> Html:
-    """A bar a bin; the first, the middle and the last edge are written."""
+    """Draws a bar for each bin; the first, the middle and the last edge are written."""
     width, height, gap = 300, 96, 1.5
     most, step = max(counts), width / len(counts)
     drawn = []

@@ -33,7 +33,7 @@ def inspect(directory: Path, document: str | None = None) -> str:
 
 
 def to_dict(report: CurationReport) -> dict:
-    """The report for JSON, with what follows from it."""
+    """Returns the report for JSON, with what follows from it."""
     values = dataclasses.asdict(report) | {"is_finished": report.is_finished}
     for step, written in zip(report.steps, values["steps"], strict=True):
         written |= {"kept": step.kept, "estimated_tokens": report.tokens_of(step)}
@@ -41,7 +41,7 @@ def to_dict(report: CurationReport) -> dict:
 
 
 def lines(report: CurationReport) -> list[str]:
-    """The waterfall, the most frequent reasons and the result by category, as aligned text."""
+    """Returns the waterfall, the most frequent reasons and the result by category, as aligned text."""
     state = ", ".join(map(str, report.phases)) or "nothing has run yet"
     found = [f"curation {report.directory}: {state}", *report.remarks, ""]
     if report.steps:
@@ -101,7 +101,7 @@ def _categories(report: CurationReport) -> list[str]:
 
 
 def _aligned(rows: list[tuple[str, ...]], sides: str) -> list[str]:
-    """Rows of equally wide columns; those that are empty throughout are left out."""
+    """Returns rows of equally wide columns; those that are empty throughout are left out."""
     columns = [(column, side) for column, side in zip(zip(*rows, strict=True), sides, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column, _ in columns]
     cells = [[f"{text:{side}{width}}" for text in column] for (column, side), width in zip(columns, widths)]

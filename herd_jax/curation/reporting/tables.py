@@ -38,7 +38,7 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Clean:
-    """Lengths in characters, in octaves; quality where a block gave one."""
+    """What the clean documents are like: lengths in characters, in octaves; quality where a block gave one."""
 
     groups: list[Group]
     lengths: list[Histogram]
@@ -46,7 +46,7 @@ class Clean:
 
 
 def count_read(directory: Path) -> dict[str, dict[str, int]]:
-    """Documents by "language" and by "source_type"."""
+    """Counts the documents by "language" and by "source_type"."""
     counts = {"language": Counter(), "source_type": Counter()}
     for batch in _batches(directory, ["language", "source"]):
         for (_, language, source_type, _), documents, _ in _grouped(batch, np.zeros(len(batch), np.int64)):
@@ -85,7 +85,7 @@ def count_clean(directory: Path) -> Clean:
 
 
 def _batches(directory: Path, columns: list[str]) -> Iterator:
-    """Tables of those columns that the files have."""
+    """Yields tables of those columns that the files have."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,7 +97,7 @@ def _batches(directory: Path, columns: list[str]) -> Iterator:
 
 
 def _grouped(batch, lengths: np.ndarray) -> Iterator[tuple[tuple[str, ...], int, int]]:
-    """((category, language, source type, topic), documents, characters) of each combination in a batch."""
+    """Yields ((category, language, source type, topic), documents, characters) of each combination in a batch."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -112,7 +112,7 @@ def _grouped(batch, lengths: np.ndarray) -> Iterator[tuple[tuple[str, ...], int,
 
 
 def _quality_edges(stream: Path) -> np.ndarray | None:
-    """Whole numbers around what the files' own statistics say; None where no document has a quality."""
+    """Returns whole numbers around what the files' own statistics say; None where no document has a quality."""
     import pyarrow.parquet as pq
 
     bounds = []

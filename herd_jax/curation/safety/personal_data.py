@@ -18,7 +18,7 @@ Span = tuple[int, int]  # start and end in characters
 
 
 def find(text: str, kinds: tuple[str, ...] = KINDS) -> list[tuple[int, int, str]]:
-    """(start, end, kind) of the personal data in `text`, in order and without overlaps."""
+    """Returns (start, end, kind) of the personal data in `text`, in order and without overlaps."""
     candidates = []
     for kind, hints, pattern, check in _TEXT_RULES:
         if kind in kinds and any(hint in text for hint in hints):
@@ -65,7 +65,7 @@ def _ip(match: re.Match) -> Span | None:
 
 
 def _iban(match: re.Match) -> Span | None:
-    """The first characters of the match, as many as the country's numbers have, if their remainder by 97 is 1 (ISO 13616)."""
+    """Returns the first characters of the match, as many as the country's numbers have, if their remainder by 97 is 1 (ISO 13616)."""
     places = [place for place, char in enumerate(match[0], start=match.start()) if char.isalnum()][: _IBAN_LENGTHS.get(match[0][:2])]
     end = places[-1] + 1
     number = "".join(match.string[place] for place in places)
@@ -86,14 +86,14 @@ def _social_security_number(match: re.Match) -> Span | None:
 
 
 def _cpf(match: re.Match) -> Span | None:
-    """Brazil: two check digits by 11."""
+    """Checks a number of Brazil: two check digits by 11."""
     digits = [int(digit) for digit in _digits(match[0])]
     checks = [sum(weight * digit for weight, digit in zip(range(n + 1, 1, -1), digits)) * 10 % 11 % 10 for n in (9, 10)]
     return match.span() if digits[9:] == checks and len(set(digits)) > 1 else None
 
 
 def _steuer_id(match: re.Match) -> Span | None:
-    """Germany: ISO 7064 MOD 11,10, and of the first ten digits one comes twice or thrice and the others once."""
+    """Checks a tax number of Germany: ISO 7064 MOD 11,10, and of the first ten digits one comes twice or thrice and the others once."""
     digits = _digits(match[0])
     product = 10
     for digit in digits[:10]:
@@ -102,7 +102,7 @@ def _steuer_id(match: re.Match) -> Span | None:
 
 
 def _lettered_id(match: re.Match) -> Span | None:
-    """France (key by 97), Spain (letter by 23), United Kingdom (form only), Italy (letter by 26)."""
+    """Checks the numbers of France (key by 97), Spain (letter by 23), United Kingdom (form only), Italy (letter by 26)."""
     compact = re.sub(r"[^0-9A-Z]", "", match[0])
     is_valid = True
     if match.lastgroup == "nir":

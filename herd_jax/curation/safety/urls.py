@@ -99,7 +99,7 @@ class UrlSafety(Block):
 
     @functools.cached_property
     def _domains(self) -> dict[str, np.ndarray]:
-        """Reason -> sorted hashes of the domains dropped for it: uint64 [n]."""
+        """Returns reason -> sorted hashes of the domains dropped for it: uint64 [n]."""
         config = self._config
         return {
             "adult_domain": self._mapped("adult_domains", config.adult_domains, _host),
@@ -129,7 +129,7 @@ class UrlSafety(Block):
         return frozenset(_squeeze(entry.lower()) for path in [*packages, *map(Path, paths)] for entry in _entries(path.open("rb"))) - {""}
 
     def _mapped(self, name: str, paths: tuple[str, ...], normalize: Callable[[str], str], packaged: str = "") -> np.ndarray:
-        """The sorted hashes of the lists' normalized entries, mapped from the cache, where the first to need them writes them."""
+        """Returns the sorted hashes of the lists' normalized entries, mapped from the cache, where the first to need them writes them."""
         packages = [_assets() / _PACKAGED] if packaged and self._config.use_datatrove_lists else []
         if not packages and not paths:
             return np.empty(0, np.uint64)
@@ -156,7 +156,7 @@ class UrlSafety(Block):
 
 
 def _hashes(entries: Iterable[str]) -> np.ndarray:
-    """uint64 [n], the same on every machine."""
+    """Returns the hashes of texts: uint64 [n], the same on every machine."""
     return np.frombuffer(array("Q", (xxhash.xxh3_64_intdigest(entry.encode("utf-8", "surrogatepass")) for entry in entries)), np.uint64)
 
 
@@ -168,7 +168,7 @@ def _any_listed(listed: np.ndarray, hashes: np.ndarray) -> bool:
 
 
 def _authority(url: str) -> tuple[str, str]:
-    """Host with the port, and the rest from the path on; never fails."""
+    """Returns the host with the port, and the rest from the path on; never fails."""
     scheme = _SCHEME.match(url)
     url = url[scheme.end() :] if scheme else url
     end = min((place for place in map(url.find, "/?#\\") if place >= 0), default=len(url))
@@ -176,7 +176,7 @@ def _authority(url: str) -> tuple[str, str]:
 
 
 def _host(url: str) -> str:
-    """The host of a URL or of a line of a list: lower case, international names as in DNS, an address without brackets; "" for none."""
+    """Returns the host of a URL or of a line of a list: lower case, international names as in DNS, an address without brackets; "" for none."""
     if _PLAIN_HOST.fullmatch(url):  # nearly every line of a list of domains
         return url
     host = _authority(url.strip())[0]
@@ -196,7 +196,7 @@ def _host(url: str) -> str:
 
 
 def _address(url: str) -> str:
-    """What tells pages apart: host, path and query, with no scheme, user, port, "www.", fragment and last slash."""
+    """Returns what tells pages apart: host, path and query, with no scheme, user, port, "www.", fragment and last slash."""
     path = _authority(url.strip())[1].partition("#")[0]
     return _host(url).removeprefix("www.") + path.rstrip("/")
 

@@ -49,7 +49,7 @@ _FACES = np.array(
 
 
 def word_bounds(text: str, points: np.ndarray, kinds: np.ndarray, spans: SpanHashes) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends of the words of a text of T code points `points` [T] (uint32), whose spans `spans` hashes.
+    """Returns the starts and ends of the words of a text of T code points `points` [T] (uint32), whose spans `spans` hashes.
 
     `kinds` are its flags with `MARGIN` spaces before and behind: uint16 [T + 4].
     """
@@ -67,7 +67,7 @@ def word_bounds(text: str, points: np.ndarray, kinds: np.ndarray, spans: SpanHas
 
 
 def _cut_around_characters(kinds: np.ndarray, cuts: np.ndarray) -> None:
-    """In scripts without spaces each character is a word, with the marks behind it."""
+    """Sets `cuts` so that in scripts without spaces each character is a word, with the marks behind it."""
     is_alone = (kinds & ALONE) != 0
     is_mark = (kinds & (INERT | ALPHA)) == INERT
     cuts[:-1] |= is_alone
@@ -113,7 +113,7 @@ def _cut_at_signs(text, points, kinds, spans, at, chunk_starts, chunk_ends, cuts
 
 
 def _join_and_cut_pairs(sign, at, before, after, pairs, inside, cuts) -> None:
-    """Faces such as ":)" stay one word; a double hyphen between words is one."""
+    """Changes `cuts` so that faces such as ":)" stay one word; a double hyphen between words is one."""
     first, second = sign[pairs], sign[pairs + 1]
     code = first << np.uint32(16) | second
     faces = pairs[(_FACES[_FACES.searchsorted(code)] == code) & ~inside[pairs] & ~inside[pairs + 1]]
@@ -124,14 +124,14 @@ def _join_and_cut_pairs(sign, at, before, after, pairs, inside, cuts) -> None:
 
 
 def _cut_units(spans, at, digits, core_ends, cuts) -> None:
-    """Between a digit that a letter follows and a unit that ends the core."""
+    """Cuts between a digit that a letter follows and a unit that ends the core."""
     if len(digits):
         behind = at[digits] + 1
         cuts[behind[_is_one_of(spans, behind, core_ends[digits], _UNITS)]] = True
 
 
 def _cut_contractions(spans, points, at, quotes, core_ends, cuts) -> None:
-    """Before the apostrophe of "it's", before the n of "isn't"."""
+    """Cuts before the apostrophe of "it's", and before the n of "isn't"."""
     if len(quotes):
         quoted, ends = at[quotes], core_ends[quotes]
         cuts[quoted[_is_one_of(spans, quoted + 1, ends, _CONTRACTIONS)]] = True
@@ -140,14 +140,15 @@ def _cut_contractions(spans, points, at, quotes, core_ends, cuts) -> None:
 
 
 def _runs_from(begins: np.ndarray, continues: np.ndarray) -> np.ndarray:
-    """bool [E]: the elements in runs whose first is one of `begins` (bool [E]); element i + 1 goes on with i's run if `continues[i]`."""
+    """Returns bool [E]: which elements are in runs whose first is one of `begins` (bool [E]); element i + 1 goes on with i's run if
+    `continues[i]`."""
     firsts = np.arange(len(begins))
     firsts[1:][continues] = 0
     return begins[np.maximum.accumulate(firsts)]
 
 
 def _in_url(text, chunks_cut, chunks_with_dot, core_starts, core_ends) -> np.ndarray:
-    """bool: which of `chunks_cut` have a URL as their core; only those with a dot are looked at."""
+    """Returns bool: which of `chunks_cut` have a URL as their core; only those with a dot are looked at."""
     has_dot, is_url = np.zeros((2, len(core_starts)), bool)
     has_dot[chunks_with_dot] = True
     for index in np.unique(chunks_cut[has_dot[chunks_cut]]):
@@ -164,14 +165,14 @@ def _is_one_of(spans: SpanHashes, starts: np.ndarray, ends: np.ndarray, words: s
 
 @functools.cache
 def _known(words: str) -> np.ndarray:
-    """The sorted hashes of words that spaces separate, and a last one above all others."""
+    """Returns the sorted hashes of words that spaces separate, and a last one above all others."""
     starts, ends = np.array([match.span() for match in re.finditer(r"\S+", words)]).T
     return np.append(np.sort(SpanHashes(characters.code_points(words)).of(starts, ends)), np.iinfo(np.uint64).max)
 
 
 @functools.cache
 def _infix_masks() -> tuple[np.ndarray, np.ndarray]:
-    """A sign cuts a core where the code points before and behind it have one of these flags: two uint16 [LIMIT]."""
+    """Returns two uint16 [LIMIT]: a sign cuts a core where the code points before and behind it have one of these flags."""
     masks = np.zeros((2, LIMIT), np.uint16)
     for sign in "-–—~:<>=/":
         masks[:, ord(sign)] = ALPHA | DIGIT, ALPHA

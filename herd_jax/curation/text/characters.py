@@ -35,23 +35,23 @@ _SENTENCE_ENDS = "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨
 
 @functools.cache
 def flags() -> np.ndarray:
-    """The flags of each code point: uint16 [LIMIT]."""
+    """Returns the flags of each code point: uint16 [LIMIT]."""
     return np.fromiter((_flags(chr(point)) for point in range(LIMIT)), np.uint16, LIMIT)
 
 
 @functools.cache
 def folded() -> np.ndarray:
-    """Each code point in lower case without diacritics, any digit as 0, 0 for a mark to drop: uint32 [LIMIT]."""
+    """Returns each code point in lower case without diacritics, any digit as 0, and 0 for a mark to drop: uint32 [LIMIT]."""
     return np.fromiter((_fold(chr(point)) for point in range(LIMIT)), np.uint32, LIMIT)
 
 
 def code_points(text: str) -> np.ndarray:
-    """uint32 [len(text)]; lone surrogates are code points like others."""
+    """Returns uint32 [len(text)]; lone surrogates are code points like others."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def kinds_of(points: np.ndarray, margin: int = 0) -> np.ndarray:
-    """The flags of code points `points` [T], with so many spaces before and behind them: uint16 [T + 2 * margin]."""
+    """Returns the flags of code points `points` [T], with so many spaces before and behind them: uint16 [T + 2 * margin]."""
     kinds = np.full(len(points) + 2 * margin, SPACE)
     flags().take(points, mode="clip", out=kinds[margin : margin + len(points)])
     return kinds

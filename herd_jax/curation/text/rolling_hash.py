@@ -29,7 +29,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Hashes of each n consecutive ones, in their order: uint64 [max(0, len(hashes) - n + 1)]."""
+    """Returns the hashes of each n consecutive ones, in their order: uint64 [max(0, len(hashes) - n + 1)]."""
     count = max(0, len(hashes) - n + 1)
     combined = hashes[:count].copy()
     for offset in range(1, n):
@@ -39,7 +39,7 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first powers of the base and of its inverse, `count` or more."""
+    """Returns the first powers of the base and of its inverse, `count` or more."""
     return _power_table(max(12, (count - 1).bit_length()))
 
 

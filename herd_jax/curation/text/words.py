@@ -22,8 +22,8 @@ _ZERO = np.uint32(ord("0"))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Words:
-    """`starts`, `ends`: int64 [n], code point offsets in `text`; `hashes`: uint64 [n], as written; `kinds`: uint16 [n], the flags of
-    `characters` that any character of the word has."""
+    """The words of `text`. `starts`, `ends`: int64 [n], code point offsets in `text`; `hashes`: uint64 [n], as written; `kinds`: uint16 [n],
+    the flags of `characters` that any character of the word has."""
 
     text: str
     starts: np.ndarray
@@ -36,22 +36,22 @@ class Words:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Characters: int64 [n]."""
+        """Returns the characters of each word: int64 [n]."""
         return self.ends - self.starts
 
     @functools.cached_property
     def is_symbol(self) -> np.ndarray:
-        """Punctuation only: bool [n]."""
+        """Returns which words are punctuation only: bool [n]."""
         return (self.kinds & NOT_SYMBOL) == 0
 
     @functools.cached_property
     def has_alpha(self) -> np.ndarray:
-        """bool [n]."""
+        """Returns which words have a letter: bool [n]."""
         return (self.kinds & ALPHA) != 0
 
     @functools.cached_property
     def folded(self) -> np.ndarray:
-        """Hashes of the words that are not symbols, in lower case, without diacritics, each run of digits as one 0: uint64 [m]."""
+        """Returns the hashes of the words that are not symbols, in lower case, without diacritics, each run of digits as one 0: uint64 [m]."""
         kept = ~self.is_symbol
         starts, ends, first = self.starts[kept], self.ends[kept], 0
         found = [np.empty(0, np.uint64)]
@@ -64,7 +64,7 @@ class Words:
 
 @functools.lru_cache(maxsize=2)
 def split(text: str) -> Words:
-    """The words of `text`; the last two texts are remembered (one as read, one cleaned).
+    """Returns the words of `text`; the last two texts are remembered (one as read, one cleaned).
 
     Memory: 26 bytes a word and a few MB, so at most 26 bytes for each code point (all signs), 5 in prose.
     """
@@ -76,7 +76,7 @@ def split(text: str) -> Words:
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
-    """Spans of at most `_PIECE` that end behind white space where there is any."""
+    """Returns spans of at most `_PIECE` that end behind white space where there is any."""
     spans, begin = [], 0
     while begin < len(text):
         end = begin + _PIECE

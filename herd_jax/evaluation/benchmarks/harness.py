@@ -57,7 +57,7 @@ def run(
 
 
 def evaluate(model: Model, tasks: Sequence, cache: Path, limit: int | None = None, batch_size: int = 16, chats: bool = False) -> dict:
-    """What the harness finds of `tasks` (its own task objects), answers kept in `cache`, in one file for each content of the model.
+    """Returns what the harness finds of `tasks` (its own task objects), answers kept in `cache`, in one file for each content of the model.
 
     Raises UserError for a model without a tokenizer, or without a chat format where `chats`, and a cache that is damaged.
     """
@@ -83,7 +83,7 @@ def evaluate(model: Model, tasks: Sequence, cache: Path, limit: int | None = Non
 
 
 def _check_kept(kept: Path) -> None:
-    """The harness would find a damaged file in a thread of its own, whose traceback nothing stops."""
+    """Refuses a damaged file of answers: the harness would find a damaged file in a thread of its own, whose traceback nothing stops."""
     for file in kept.parent.glob(f"{kept.name}*.db"):
         try:
             with contextlib.closing(sqlite3.connect(file)) as answers:
@@ -95,7 +95,7 @@ def _check_kept(kept: Path) -> None:
 
 
 def find_tasks(names: Sequence[str], preset: str, data: str | None) -> list:
-    """Our tasks where there are such, else the harness's own, whose data must be in the cache of Hugging Face.
+    """Returns our tasks where there are such, else the harness's own, whose data must be in the cache of Hugging Face.
 
     Raises UserError where there is no such task or its data is not on disk.
     """
@@ -128,7 +128,7 @@ def _first_filter(samples: list[dict]) -> list[dict]:
 
 
 def _item(sample: dict) -> dict:
-    """`score` is the first metric; log-likelihoods are in nats."""
+    """Returns the row of an item: `score` is its first metric, log-likelihoods are in nats."""
     doc = sample["doc"]
     metrics = {name: sample[name] for name in sample["metrics"]}
     row = {"id": doc.get("id") or item_id(sample["doc_hash"]), "score": next(iter(metrics.values()))}
@@ -140,7 +140,7 @@ def _item(sample: dict) -> dict:
 
 
 def _summary(task: str, results: dict) -> dict:
-    """Per metric: its value, the harness's standard error, and half of the 95 % interval where it is a share of items."""
+    """Returns, for each metric, its value, the harness's standard error, and half of the 95 % interval where it is a share of items."""
     of_task, num_items = results["results"][task], results["n-samples"].get(task, {}).get("effective")
     metrics = {}
     for key, value in of_task.items():

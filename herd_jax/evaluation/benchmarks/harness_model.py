@@ -23,8 +23,8 @@ SAMPLING = {"do_sample", "temperature", "top_p", "until", "max_gen_toks"}  # of 
 
 @register_model("herd_jax")
 class HarnessModel(TemplateLM):
-    """`model`: a loaded one or the path of one. `batch_size`: texts generated at once. `chats`: whether prompts are in the chat format, so
-    that the special tokens they spell are read as such."""
+    """Answers what the harness asks with `model`: a loaded one or the path of one. `batch_size`: texts generated at once. `chats`: whether
+    prompts are in the chat format, so that the special tokens they spell are read as such."""
 
     def __init__(self, model: Model | str, batch_size: int | str | None = None, chats: bool = False, **_):
         super().__init__()
@@ -41,7 +41,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for models that answer alike: their weights, dtype, tokenizer, and how special tokens are read."""
+        """Returns what is equal for models that answer alike: made of their weights, dtype, tokenizer, and how special tokens are read."""
         loaded = self.loaded
         parts = [checksums(loaded.params), str(loaded.dtype), repr(loaded.config), self.max_length]
         parts += [loaded.tokenizer.fingerprint, loaded.tokenizer.stop_ids, self.chats]
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         return self.loaded.tokenizer.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The dialog as text; without `add_generation_prompt` its last message is one that the assistant is to go on with."""
+        """Returns the dialog as text; without `add_generation_prompt` its last message is one that the assistant is to go on with."""
         tokenizer = self.loaded.tokenizer
         if add_generation_prompt:
             return chat.render_text(chat_history, tokenizer, add_assistant_header=True)
@@ -78,7 +78,8 @@ class HarnessModel(TemplateLM):
         return tokenizer.encode(string, bos=tokenizer.adds_bos and add_special_tokens is not False, allow_special=self.chats)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        """Of (texts, ids of the context, ids of the continuation); the context loses its beginning where both are too long."""
+        """Returns, for each (texts, ids of the context, ids of the continuation), the log-likelihood and whether it is the greedy one; the
+        context loses its beginning where both are too long."""
         found = {}
         for i, result in self._scores([(context, continuation) for _, context, continuation in requests], disable_tqdm):
             found[i] = result
@@ -86,7 +87,7 @@ class HarnessModel(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each whole text, in windows of the model's context that each predict what the one before did not."""
+        """Returns the log-likelihood of each whole text, in windows of the model's context that each predict what the one before did not."""
         windows, text_of = [], []
         for text, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -128,7 +129,8 @@ class HarnessModel(TemplateLM):
             ) from error
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Up to one of the task's `until` strings, a stop token or `max_gen_toks`; requests of one kind and similar length together."""
+        """Returns what follows each request, up to one of the task's `until` strings, a stop token or `max_gen_toks`; those of one kind and
+        similar length are computed together."""
         kinds = collections.defaultdict(list)
         for i, request in enumerate(requests):
             kinds[json.dumps(request.args[1], sort_keys=True)].append(i)

@@ -15,7 +15,7 @@ NAMES = (*choices.PACKAGED, *OTHERS)
 
 
 def local_task(name: str, preset: str, data_dir: str | Path | None = None) -> ConfigurableTask | None:
-    """The task called `name`, None where it is not one of ours; any multiple choice for which `data_dir` holds `NAME.jsonl` is.
+    """Returns the task called `name`, None where it is not one of ours; any multiple choice for which `data_dir` holds `NAME.jsonl` is.
 
     Raises UserError where its data is missing or not as it must be.
     """

@@ -32,7 +32,7 @@ def make_item(question: str, choices: Sequence[str], answer: int, subject: str =
 
 
 def load_items(task: str, data_dir: str | Path | None = None) -> list[Item]:
-    """The items of `task` in the order of its file, each text once.
+    """Returns the items of `task` in the order of its file, each text once.
 
     `task` is one of PACKAGED, read from the PyPI package named there, or any name for which `data_dir` holds `NAME.jsonl`: objects with
     "question", "choices" (a list of strings), "answer" (an index or a letter) and perhaps "subject".
@@ -56,7 +56,7 @@ def load_items(task: str, data_dir: str | Path | None = None) -> list[Item]:
 
 
 def render(item: Item, labels: Sequence[str] = LETTERS, form: str = "{label}. {choice}") -> str:
-    """The question and a line for each choice; `form` is how a line shows its label, with the placeholders {label} and {choice}."""
+    """Returns the question and a line for each choice; `form` is how a line shows its label, with the placeholders {label} and {choice}."""
     return "\n".join([item.question, *(form.format(label=label, choice=choice) for label, choice in zip(labels, item.choices))])
 
 
@@ -64,7 +64,7 @@ def prompt(
     item: Item, examples: Sequence[Item] = (), labels: Sequence[str] = LETTERS, form: str = "{label}. {choice}",
     instruction: str = "", cue: str = "Answer:",
 ) -> str:  # fmt: skip
-    """A prompt that a label continues: `examples` with their answers, then `item`, a blank line between them.
+    """Returns a prompt that a label continues: `examples` with their answers, then `item`, a blank line between them.
 
     What is scored are the continuations " " + label, for labels[: len(item.choices)].
     """
@@ -86,7 +86,8 @@ def _own(record: dict) -> Item:
 
 
 def _lettered(record: dict) -> Item:
-    """Options as one text, "A. this\\nB. that"; the answer repeats its own. A few items have their first options behind the question."""
+    """Reads a record with options as one text, "A. this\\nB. that"; the answer repeats its own. A few items have their first options behind
+    the question."""
     question, options = record["question"], record["options"].strip()
     if not options.startswith("A."):
         question, *first = re.split(r"\n(?=A\.)", question, maxsplit=1)

@@ -33,7 +33,7 @@ exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
 
 
 def runs(program: str, seconds: int = 10) -> bool:
-    """Whether the Python program runs to its end, without an exception, an exit or the end of its `seconds`, of CPU and of the clock."""
+    """Returns whether the Python program runs to its end, without an exception, an exit or the end of its `seconds`, of CPU and of the clock."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-I", "-c", _GUARD, str(seconds), str(MEMORY), str(FILES)]
         environment = {"PATH": "/usr/bin:/bin", "HOME": directory, "TMPDIR": directory}

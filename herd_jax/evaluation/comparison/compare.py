@@ -42,7 +42,7 @@ def compare(first: str, second: str, output: str | None = None) -> str:
 
 
 def table(results: dict, names: Sequence[str]) -> str:
-    """A line a test, scores in percent."""
+    """Returns a line for each test, scores in percent."""
     width = max(len("task"), *map(len, results))
     columns = [max(len(name), 7) for name in names]
     shown = [f"{name:>{column}}" for name, column in zip(names, columns)]
@@ -57,7 +57,7 @@ def table(results: dict, names: Sequence[str]) -> str:
 
 
 def _scores(task: str, first: str, second: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By metric, the scores of both models on the same items: of each metric that is a number in all of them, or of "score" alone."""
+    """Returns, by metric, the scores of both models on the same items: of each metric that is a number in all of them, or of "score" alone."""
     items, other = read_items(first, task), read_items(second, task)
     missing = [len(items.keys() - other.keys()), len(other.keys() - items.keys())]
     if any(missing):

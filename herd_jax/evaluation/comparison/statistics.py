@@ -11,7 +11,7 @@ FLIPS = 2**EXACT_ITEMS  # drawn at random otherwise
 
 
 def paired(a_I: np.ndarray, b_I: np.ndarray) -> dict:
-    """The scores of two models on the same items, and whether the second differs.
+    """Returns the scores of two models on the same items, and whether the second differs.
 
     "difference": mean of b - a, with "half_interval" of 95 %: 1.96 standard errors of the paired differences. "p", two-sided: exact McNemar
     where all scores are 0 or 1, else by flips of the signs of the differences.
@@ -33,15 +33,15 @@ def paired(a_I: np.ndarray, b_I: np.ndarray) -> dict:
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p-value: under no difference each item on which the two disagree is a toss of a fair coin."""
+    """Returns the two-sided exact p-value: under no difference each item on which the two disagree is a toss of a fair coin."""
     num = wins + losses
     log_ways = np.array([math.lgamma(num + 1) - math.lgamma(k + 1) - math.lgamma(num - k + 1) for k in range(min(wins, losses) + 1)])
     return min(1.0, 2 * float(np.exp(log_ways - num * math.log(2)).sum()))
 
 
 def sign_flips(difference_I: np.ndarray) -> float:
-    """Two-sided p-value of the mean difference: the share of sign patterns whose mean is as far from 0; all of them for few items, else
-    `FLIPS` random ones and the one observed."""
+    """Returns the two-sided p-value of the mean difference: the share of sign patterns whose mean is as far from 0; all of them for few items,
+    else `FLIPS` random ones and the one observed."""
     difference_I = difference_I[difference_I != 0]
     if not len(difference_I):
         return 1.0
@@ -59,7 +59,7 @@ def sign_flips(difference_I: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected so that the chance of any false finding among them stays that of one (Holm's step-down)."""
+    """Returns the p-values corrected so that the chance of any false finding among them stays that of one (Holm's step-down)."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, number in enumerate(order):

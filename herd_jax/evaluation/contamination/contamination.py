@@ -52,7 +52,7 @@ def contamination(
 
 
 def item_texts(task: str, data: str | None) -> dict[str, str]:
-    """The texts of the items by their ids: of multiple choice the question and the choices, else what is asked."""
+    """Returns the texts of the items by their ids: of multiple choice the question and the choices, else what is asked."""
     file = (user_path(data) / f"{task}.jsonl") if data else None
     first = next(read_records(file), {}) if file and file.is_file() else {}
     if field := next((field for field in TEXT_FIELDS if field in first), None):
@@ -69,7 +69,8 @@ def item_texts(task: str, data: str | None) -> dict[str, str]:
 
 
 def table(results: dict, models: Sequence[str]) -> str:
-    """As the paper's: of each task the share of contaminated items and the gain of each model in points, * where it is significant."""
+    """Returns a table as the paper's: of each task the share of contaminated items and the gain of each model in points, * where it is
+    significant."""
     heads = ["task", "items", "coverage", *(f">= {share}" for share in SHARES), "T_D", "contaminated"]
     rows = [[*heads, *(f"gain {model}" for model in models)]]
     for task, found in results.items():

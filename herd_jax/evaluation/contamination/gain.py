@@ -14,7 +14,7 @@ MIN_ITEMS = 10  # contaminated ones, and clean ones: with fewer there is no usab
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """Of one model at one threshold: the mean score of all items, of those that are clean, the first less the second, and that in standard
+    """What a model gains at one threshold: the mean score of all items, that of the clean ones, the first less the second, and that in standard
     deviations. The paper does not say how it tests for significance; here the clean items are held against random subsets of their number.
     """
 
@@ -29,7 +29,7 @@ class Gain:
 
 
 def estimated_gain(coverage_I: np.ndarray, score_I: np.ndarray, threshold: float) -> Gain | None:
-    """The gain where items of at least this coverage count as contaminated; None where they, or the others, are too few."""
+    """Returns the gain where items of at least this coverage count as contaminated; None where they, or the others, are too few."""
     is_clean_I = coverage_I < threshold
     num_items, num_clean = len(coverage_I), int(is_clean_I.sum())
     if min(num_clean, num_items - num_clean) < MIN_ITEMS:
@@ -41,7 +41,7 @@ def estimated_gain(coverage_I: np.ndarray, score_I: np.ndarray, threshold: float
 
 
 def choose_threshold(coverage: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> float | None:
-    """T_D: of `THRESHOLDS` the one with the largest significant gain of any of the models, of equals the highest; None where none is.
+    """Returns T_D: of `THRESHOLDS` the one with the largest significant gain of any of the models, of equals the highest; None where none is.
 
     A model has coverage and score of each item that it was scored on.
     """
@@ -55,7 +55,7 @@ def choose_threshold(coverage: Sequence[np.ndarray], scores: Sequence[np.ndarray
 
 
 def estimate(coverage: Mapping[str, float], scores: Mapping[str, Mapping[str, float]]) -> dict:
-    """The estimate of a task, for JSON: `coverage` by item id, `scores` by model and item id (those of other ids do not count).
+    """Returns the estimate of a task, for JSON: `coverage` by item id, `scores` by model and item id (those of other ids do not count).
 
     "threshold": T_D or None; "contaminated": the share of the items at T_D or above; "gains": by model at T_D; "curves": by model, at each
     of the thresholds with a usable estimate.

@@ -66,8 +66,8 @@ class StreamTexts(PipelineStep):
 def scan(
     texts: Mapping[str, Sequence[str]], streams: Sequence[str | Path], directory: str | Path, workers: int = 0
 ) -> dict[str, np.ndarray]:
-    """Of the item texts of each task, the share of each one's words that lie in an 8-gram of some stream: float64 [items], in order. A text
-    of fewer words is one n-gram, found whole (1) or not at all (0); a text without words is never found.
+    """Returns, for the item texts of each task, which share of each one's words lies in an 8-gram of some stream: float64 [items], in order. A
+    text of fewer words is one n-gram, found whole (1) or not at all (0); a text without words is never found.
 
     `workers` processes read the streams (0: one a core). What they find stays below `directory` for the next call.
     Raises UserError where a stream or its tokenizer cannot be read, and for a task without items.
@@ -107,7 +107,7 @@ def _benchmarks(texts: Mapping[str, Sequence[str]], directory: Path) -> list[Ben
 
 
 def _key(path: Path) -> str:
-    """Another for a stream that was made anew in the same place."""
+    """Returns the name under which a stream is searched: another one for a stream that was made anew in the same place."""
     header = path / HEADER
     return item_id(str(path.resolve()), header.read_text(), str(header.stat().st_mtime_ns))
 

@@ -46,7 +46,7 @@ class Answers:
             )
 
     def of(self, model: Model, prompts: Sequence[str]) -> list[str]:
-        """The answers to the first prompt, to the second, ... Each draws the same from model to model."""
+        """Returns the answers to the first prompt, to the second, ... Each draws the same from model to model."""
         rows = [prompt_ids(model, prompt, self.chats) for prompt in prompts for _ in range(self.samples)]
         found: list[str] = []
         for first in range(0, len(rows), BATCH_SIZE):
@@ -56,7 +56,7 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of a model: its answers, their scores, and the loss of each text in nats per token."""
+    """What is found of a model: its answers, their scores, and the loss of each text in nats per token."""
 
     answers: list[str]
     scores: np.ndarray
@@ -71,8 +71,8 @@ def prompt_ids(model: Model, prompt: str, chats: bool) -> list[int]:
 
 
 def likelihood_under(model: Model, chats: bool) -> Score:
-    """A stand-in for a reward model: the mean log-probability of an answer's tokens after its prompt, in nats, under `model`. An empty answer
-    is scored as the token that ends it."""
+    """Returns a stand-in for a reward model: the mean log-probability of an answer's tokens after its prompt, in nats, under `model`. An empty
+    answer is scored as the token that ends it."""
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         tokenizer = model.text_tokenizer()
@@ -90,7 +90,8 @@ def measure(
     source: Source, prompts: Sequence[str], texts: Sequence[str], answers: Answers, score: Score | None = None, *,
     mesh: MeshConfig | None = None, dtype: str | None = None,
 ) -> Iterator[tuple[str, Measured]]:  # fmt: skip
-    """("plain", the model at `source` as it is), then each of VARIANTS by name. Memory holds the plain model and one variant.
+    """Yields ("plain", what is found of the model at `source` as it is), then that of each of VARIANTS by name. Memory holds the plain model and
+    one variant.
 
     `score`: that of `likelihood_under` the plain model where there is none. Raises UserError for a model that is quantized already, and
     where the scorer gives what is not finite.
@@ -113,8 +114,9 @@ def measure(
 
 
 def compare(plain: Measured, variant: Measured) -> dict:
-    """Numbers of a variant against the plain model. `ks` is the largest distance of the two distribution functions of scores, `p_value` that of
-    so much by chance; `drift` is the rise of the texts' mean loss in nats per token, `largest_drift` that of the text where it is largest."""
+    """Returns the numbers of a variant against the plain model. `ks` is the largest distance of the two distribution functions of scores,
+    `p_value` that of so much by chance; `drift` is the rise of the texts' mean loss in nats per token, `largest_drift` that of the text where
+    it is largest."""
     test, change, drift = ks_2samp(plain.scores, variant.scores), variant.scores - plain.scores, variant.losses - plain.losses
     return {
         "mean": variant.scores.mean(), "quantiles": np.quantile(variant.scores, QUANTILES), "change": change.mean(),
@@ -125,5 +127,5 @@ def compare(plain: Measured, variant: Measured) -> dict:
 
 
 def worst_pairs(plain: Measured, variant: Measured, number: int) -> list[int]:
-    """The answers whose score fell most, worst first."""
+    """Returns the answers whose score fell most, worst first."""
     return np.argsort(variant.scores - plain.scores, kind="stable")[:number].tolist()

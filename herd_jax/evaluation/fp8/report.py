@@ -56,7 +56,7 @@ def evaluate_fp8(
 
 
 def read_lines(file: str) -> list[str]:
-    """The lines of a text file that are not blank."""
+    """Returns the lines of a text file that are not blank."""
     try:
         lines = [line for line in user_path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -67,7 +67,7 @@ def read_lines(file: str) -> list[str]:
 
 
 def table(plain: Measured, numbers: dict[str, dict]) -> str:
-    """A line a variant."""
+    """Returns a line for each variant."""
     head = ("", "score", "change", "worst", "5 %", "median", "95 %", "KS", "p", "same", "drift", "largest")
     low, middle, high = (QUANTILES.index(q) for q in (0.05, 0.5, 0.95))
     line = lambda name, *cells: f"{name:<22}" + "".join(f"{cell:>10}" for cell in cells)
@@ -81,7 +81,7 @@ def table(plain: Measured, numbers: dict[str, dict]) -> str:
 
 
 def draw(all_axes, plain: Measured, variants: dict[str, Measured], numbers: dict[str, dict]) -> None:
-    """The distributions of scores: of the plain model filled, of a variant as a line."""
+    """Draws the distributions of scores: of the plain model filled, of a variant as a line."""
     everything = np.concatenate([plain.scores, *(variant.scores for variant in variants.values())])
     bins = np.linspace(everything.min(), everything.max() + 1e-6, 30)
     for axes, (name, variant) in zip(all_axes, variants.items(), strict=True):

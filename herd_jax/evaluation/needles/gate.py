@@ -29,7 +29,7 @@ from herd_jax.training.validation import Validation
 
 
 class StageGate:
-    """`herd_jax.training.stages.stages.Gate`."""
+    """Judges a stage by its short-context loss and its needles, as `herd_jax.training.stages.stages.Gate` asks."""
 
     def check(self, stages: Sequence[RunConfig]) -> None:
         first = stages[0]
@@ -77,7 +77,7 @@ def check_needles(template: str, tokenizer: Tokenizer, length: int) -> None:
 
 
 def find_needles(model: Model, shortest: int, gate: GateConfig, haystack: np.ndarray) -> dict[int, dict[float, float]]:
-    """Length -> depth -> share of needles found, at lengths (in tokens) from `shortest`, doubled up to the model's own."""
+    """Returns length -> depth -> share of needles found, at lengths (in tokens) from `shortest`, doubled up to the model's own."""
     lengths = [shortest]
     while lengths[-1] < model.context_length:
         lengths.append(min(2 * lengths[-1], model.context_length))
@@ -87,7 +87,8 @@ def find_needles(model: Model, shortest: int, gate: GateConfig, haystack: np.nda
 
 
 def judge(gate: GateConfig, short_loss: float, before: float | None, recall: dict[int, dict[float, float]]) -> Verdict:
-    """Whether a stage may be followed by the next one. `before`: the short-context loss before the long stages; None: this is the first."""
+    """Decides whether a stage may be followed by the next one. `before`: the short-context loss before the long stages; None: this is the
+    first."""
     passed, said = True, f"short-context loss {short_loss:.4f}"
     if before is not None:
         passed = short_loss <= before + gate.short_margin

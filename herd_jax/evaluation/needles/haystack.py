@@ -64,7 +64,7 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """Hidden behind `depth`, in [0, 1], of the haystack."""
+    """A fact that is hidden behind `depth`, in [0, 1], of the haystack."""
 
     depth: float
     key: str
@@ -72,7 +72,7 @@ class Needle:
 
 
 def draw_needles(template: Template, depths: Sequence[float], rng: np.random.Generator) -> list[Needle]:
-    """A needle at each depth, with keys that differ."""
+    """Returns a needle at each depth, with keys that differ."""
     keys = rng.choice(len(template.keys), len(depths), replace=False)
     values = ["".join(words[rng.integers(len(words))] for words in template.values) for _ in depths]
     return [Needle(depth, template.keys[key], value) for depth, key, value in zip(depths, keys, values, strict=True)]
@@ -80,8 +80,8 @@ def draw_needles(template: Template, depths: Sequence[float], rng: np.random.Gen
 
 @dataclasses.dataclass(frozen=True)
 class PromptMaker:
-    """Prompts from token ids `haystack` [M], plain text without special tokens. `in_dialog`: as the message of a user, with the beginning of
-    the assistant's answer. Raises UserError for an empty haystack, or a model without a format for dialogs asked for one."""
+    """Makes prompts from token ids `haystack` [M], plain text without special tokens. `in_dialog`: as the message of a user, with the
+    beginning of the assistant's answer. Raises UserError for an empty haystack, or a model without a format for dialogs asked for one."""
 
     template: Template
     tokenizer: Tokenizer
@@ -93,7 +93,8 @@ class PromptMaker:
             raise UserError("the haystack is empty: name files with text in them")
 
     def prompt(self, needles: Sequence[Needle], asked: Sequence[Needle], size: int, start: int) -> list[int]:
-        """Exactly `size` ids, up to where the answer begins; the haystack's text is that from its token `start` on, and begins anew at its end.
+        """Returns exactly `size` ids, up to where the answer begins; the haystack's text is that from its token `start` on, and begins anew at
+        its end.
 
         Raises UserError where `size` has no room for needles and question.
         """
@@ -128,7 +129,7 @@ class PromptMaker:
         return self.tokenizer.encode_continuation(text) if text else []
 
     def _frame(self) -> tuple[list[int], list[int]]:
-        """The ids before and behind what is said."""
+        """Returns the ids before and behind what is said."""
         if not self.in_dialog:
             return ([self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []), []
         dialogs = [chat.render([{"role": "user", "content": text}], self.tokenizer, add_assistant_header=True).ids for text in ("1 2", "word")]
@@ -137,7 +138,7 @@ class PromptMaker:
 
 
 def read_haystack(files: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """The ids [M] of all text in files, directories or globs, one document after another; of Python's own manual where none are named.
+    """Returns the ids [M] of all text in files, directories or globs, one document after another; of Python's own manual where none are named.
 
     Raises UserError where a name matches no file or none has text in it.
     """
@@ -154,6 +155,6 @@ def read_haystack(files: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def text_ids(stream: TokenStream, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids [M] of a token stream without its special tokens."""
+    """Returns the ids [M] of a token stream without its special tokens."""
     ids = stream.read(0, stream.num_tokens)
     return ids[~np.isin(ids, list(tokenizer.special_ids.values()))]

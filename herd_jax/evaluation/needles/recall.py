@@ -32,7 +32,7 @@ class NeedleResult:
 
     @property
     def worst(self) -> tuple[int, float, float]:
-        """Length, depth and recall where the fewest needles are found (of the single-needle test)."""
+        """Returns length, depth and recall where the fewest needles are found (of the single-needle test)."""
         row, column = np.unravel_index(np.argmin(self.recall), self.recall.shape)
         return self.lengths[row], self.depths[column], float(self.recall[row, column])
 
@@ -41,7 +41,7 @@ def needle_recall(
     model: Model, lengths: Sequence[int], depths: Sequence[float], num_samples: int, haystack: np.ndarray, *, seed: int = 0,
     template: str = "sentence", in_dialog: bool = False,
 ) -> NeedleResult:  # fmt: skip
-    """The share of `num_samples` needles found at each length (tokens of prompt and answer together) and depth (in [0, 1]).
+    """Measures the share of `num_samples` needles found at each length (tokens of prompt and answer together) and depth (in [0, 1]).
 
     `haystack`: token ids [M], see `read_haystack`. Every prompt has its own needle and piece of the haystack, drawn from `seed`, its length, depth and
     number alone. Raises UserError for lengths beyond the model's context or without room for the needle, depths outside [0, 1], and what is
@@ -68,8 +68,8 @@ def multi_needle_recall(
     model: Model, lengths: Sequence[int], num_samples: int, haystack: np.ndarray, *, seed: int = 0,
     template: str = "sentence", in_dialog: bool = False,
 ) -> NeedleResult:  # fmt: skip
-    """The paper's test (section 5.2.7): 4 needles at random depths, a question for 2 of them, no examples, at most 256 new tokens; the mean share
-    of asked values in the answer at each length (tokens of prompt and answer together).
+    """Runs the paper's test (section 5.2.7): 4 needles at random depths, a question for 2 of them, no examples, at most 256 new tokens. Returns
+    the mean share of asked values in the answer at each length (tokens of prompt and answer together).
 
     Where the mesh has cp, over which only a forward is shared out, and for templates that ask for one key at a time, each of the 2 is
     asked for on its own, and found as in `needle_recall`. Raises UserError as that.
@@ -89,7 +89,7 @@ def multi_needle_recall(
 
 
 def multi_lengths(context_length: int | None) -> tuple[int, ...]:
-    """The paper's ten lengths, evenly spaced from 2,000 to 131,072, or to the model's context where that is shorter."""
+    """Returns the paper's ten lengths, evenly spaced from 2,000 to 131,072, or to the model's context where that is shorter."""
     shortest, longest, number = MULTI_LENGTHS
     longest = min(longest, context_length or longest)
     return tuple(int(length) for length in np.linspace(min(shortest, longest // number), longest, number).round())
@@ -113,7 +113,7 @@ def _score_one_by_one(model: Model, maker: PromptMaker, drawn, length: int) -> l
 
 
 def _draw_multi(maker: PromptMaker, rng: np.random.Generator, num_tokens: int) -> tuple[list[Needle], int]:
-    """The needles, of which the first are asked for, and where their text begins in the haystack."""
+    """Returns the needles, of which the first are asked for, and where their text begins in the haystack."""
     return draw_needles(maker.template, rng.random(NUM_HIDDEN).tolist(), rng), int(rng.integers(num_tokens))
 
 
@@ -134,5 +134,5 @@ def _refuse_repeated(name: str, values: Sequence[float]) -> None:
 
 
 def share_found(answer: str, values: Sequence[str]) -> float:
-    """The share of `values` that the answer has in it, whatever else it says."""
+    """Returns the share of `values` that the answer has in it, whatever else it says."""
     return sum(value.strip() in answer for value in values) / len(values)

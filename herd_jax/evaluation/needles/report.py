@@ -62,13 +62,14 @@ def check_finite(model: Model) -> None:
 
 
 def default_lengths(model: Model) -> tuple[int, ...]:
-    """The model's context (131,072 where none is known) and its halves, down to a sixteenth."""
+    """Returns the model's context (131,072 where none is known) and its halves, down to a sixteenth."""
     longest = model.context_length or 131_072
     return tuple(longest >> halved for halved in (4, 3, 2, 1, 0))
 
 
 def numbers(result: NeedleResult) -> dict:
-    """For the JSON: `recall` [lengths, depths], or [lengths] of the multi-needle test; `half_interval` is half of the 95 % one of the mean."""
+    """Returns the numbers for the JSON: `recall` is [lengths, depths], or [lengths] of the multi-needle test; `half_interval` is half of the
+    95 % one of the mean."""
     mean, number = float(np.mean(result.recall)), len(result.items)
     return {
         "lengths": result.lengths, "depths": result.depths, "recall": result.recall,
@@ -77,7 +78,7 @@ def numbers(result: NeedleResult) -> dict:
 
 
 def table(result: NeedleResult) -> str:
-    """Recall in percent, a line a length."""
+    """Returns recall in percent, a line for each length."""
     columns = [f"{depth:.0%}" for depth in result.depths] or ["any"]
     rows = [[f"{100 * recall:.0f}" for recall in np.atleast_1d(of_length)] for of_length in result.recall]
     lines = [f"{'depth':>8} {''.join(f'{name:>6}' for name in columns)}"]
@@ -86,7 +87,7 @@ def table(result: NeedleResult) -> str:
 
 
 def draw(axes, result: NeedleResult, title: str = "") -> None:
-    """The heat map, length by depth, onto matplotlib axes; of the multi-needle test one row of any depth."""
+    """Draws the heat map, length by depth, onto matplotlib axes; of the multi-needle test one row of any depth."""
     grid = np.atleast_2d(result.recall if result.depths else result.recall[:, None])
     axes.imshow(grid.T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(result.lengths)), [f"{length:,}" for length in result.lengths], rotation=45 if len(result.lengths) > 6 else 0)

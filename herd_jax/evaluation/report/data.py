@@ -16,8 +16,9 @@ VALIDATION = ("val_loss", "val_bits_per_byte")
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecords:
-    """`records`: by command, as `read_results` has them. `validation`: of each stage of its training (of the only one, "") the logged steps
-    with validation losses. `decisions`: lines of the gates' `stages.jsonl`. Both are empty where the model is no workdir of a run."""
+    """What is known of a model. `records`: by command, as `read_results` has them. `validation`: of each stage of its training (of the only
+    one, "") the logged steps with validation losses. `decisions`: lines of the gates' `stages.jsonl`. Both are empty where the model is no
+    workdir of a run."""
 
     name: str
     directory: str
@@ -39,7 +40,8 @@ class EvaluationReport:
 
 
 def collect(directories: Sequence[str | Path]) -> EvaluationReport:
-    """Each directory is what commands wrote of a model (or of several: `contamination`, `compare`), or the workdir of a run.
+    """Collects what is known. Each directory is what commands wrote of a model (or of several: `contamination`, `compare`), or the workdir of a
+    run.
 
     Raises UserError where a directory is missing, damaged or holds nothing of the kind.
     """
@@ -80,7 +82,7 @@ def _validation(workdir: Path) -> list[dict[str, float]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """[] where there is no such file; its last line may be torn by a run that goes on."""
+    """Returns the lines of a file, none where there is no such file; its last line may be torn by a run that goes on."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -33,8 +33,8 @@ def page(report: EvaluationReport) -> str:
 
 
 def benchmark_rows(model: ModelRecords) -> list[dict[str, Any]]:
-    """A row for each metric of each task of `run`: "task", "metric", "score" with its "stderr" and "half_interval" (of 95 %; None where it
-    is no share of the items), "num_items", "num_shots"."""
+    """Returns a row for each metric of each task of `run`: "task", "metric", "score" with its "stderr" and "half_interval" (of 95 %; None
+    where it is no share of the items), "num_items", "num_shots"."""
     return [
         {"task": task, "metric": metric, "score": found["value"], "stderr": found["stderr"], "half_interval": found["interval"]}
         | {"num_items": of_task["items"], "num_shots": of_task["shots"]}
@@ -150,7 +150,7 @@ def _robustness(models: Sequence[ModelRecords]) -> Html | None:
 
 
 def _dots(of_study: dict[int, dict[str, Any]], title: str) -> Html:
-    """A study by the number of the model. Orders of the answers, of which there are many, share a place by how many choices they move."""
+    """Draws a study by the number of each model. Orders of the answers, of which there are many, share a place by how many choices they move."""
     variants = next(iter(of_study.values()))["variants"]
     name_of = (lambda row: row["name"]) if len(variants) <= 8 else (lambda row: f"{row['distance']} moved")
     names = list(dict.fromkeys(map(name_of, variants)))

@@ -28,13 +28,13 @@ svg .inside { fill: var(--card); }
 
 
 def legend(names: Iterable[tuple[int, str]]) -> Html:
-    """Names and the numbers of their colours."""
+    """Returns a legend of names and the numbers of their colours."""
     keys = (element("span", element("span", class_=f"key m{number % NUM_COLOURS}"), name) for number, name in names)
     return element("div", *keys, class_="legend")
 
 
 def bars(groups: Sequence[tuple[str, Sequence[tuple[int, str, float, float]]]], title: str) -> Html:
-    """Groups of bars that lie: (name, bars of (number of the colour, what it is, share, half of its 95 % interval)), shares in [0, 1]."""
+    """Draws groups of bars that lie: (name, bars of (number of the colour, what it is, share, half of its 95 % interval)), shares in [0, 1]."""
     y, drawn = 8, []
     height = 18 + sum(22 * len(of_group) + 12 for _, of_group in groups)
     for percent in range(0, 101, 20):
@@ -58,7 +58,7 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[int, str, float, float]]]], 
 
 
 def heat_map(lengths: Sequence[int], depths: Sequence[float], recall_LD: Sequence[Sequence[float]], title: str) -> Html:
-    """Lengths from left to right, depths downwards; a cell is as blue as needles were found in it, and says how many percent."""
+    """Draws lengths from left to right and depths downwards; a cell is as blue as needles were found in it, and says how many percent."""
     wide, tall, left, top = max(34, min(60, 380 // len(lengths))), 24, 62, 4
     drawn = []
     for row, depth in enumerate(depths):
@@ -79,7 +79,7 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], recall_LD: Sequenc
 
 
 def dots(names: Sequence[str], series: Sequence[tuple[int, Sequence[tuple[int, float, float]]]], chance: float, title: str) -> Html:
-    """A place for each name, from left to right; `series`: number of a colour, points of (place, share, half of its 95 % interval)."""
+    """Draws a place for each name, from left to right; `series`: number of a colour, points of (place, share, half of its 95 % interval)."""
     width, height, left, top = 420, 150, 34, 8
     ends = [chance, *(share + sign * half for _, points in series for _, share, half in points for sign in (-1, 1))]
     low, high = max(0.0, math.floor(20 * min(ends)) / 20), min(1.0, math.ceil(20 * max(ends)) / 20)
@@ -107,7 +107,7 @@ def dots(names: Sequence[str], series: Sequence[tuple[int, Sequence[tuple[int, f
 
 
 def curves(series: Sequence[Sequence[tuple[float, float]]], marks: Sequence[tuple[float, str]], unit: str, title: str) -> Html:
-    """Lines of (step, value) in the colours of their numbers; `marks`: steps at which something begins, with its name."""
+    """Draws lines of (step, value) in the colours of their numbers; `marks`: steps at which something begins, with its name."""
     width, height, left, top = 1040, 230, 52, 20
     points = [point for line in series for point in line]
     first, last = min(x for x, _ in [*points, *marks]), max(x for x, _ in points)

@@ -25,7 +25,7 @@ def report(directories: Sequence[str], output: str | None = None) -> str:
 
 
 def to_dict(report: EvaluationReport) -> dict:
-    """The report for JSON, with the main metric of each benchmark."""
+    """Returns the report for JSON, with the main metric of each benchmark."""
     values = dataclasses.asdict(report)
     for model, written in zip(report.models, values["models"], strict=True):
         written["benchmarks"] = benchmark_rows(model)

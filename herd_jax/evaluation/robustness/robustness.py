@@ -55,7 +55,7 @@ def evaluate_robustness(
 
 
 def label_scorer(model: Model) -> Score:
-    """The log-likelihoods of labels by a model. A beginning that prompts share, such as the examples, is computed once.
+    """Returns what scores labels by their log-likelihoods under a model. A beginning that prompts share, such as the examples, is computed once.
 
     Raises UserError for a model without a tokenizer, and of each prompt that is too long for it.
     """
@@ -78,7 +78,7 @@ def label_scorer(model: Model) -> Score:
 
 
 def measure(score: Score, items: Sequence[Item], shots: dict[str, list[Item]]) -> dict:
-    """All studies of a task: {"num_items", "studies": {name: ...}, "items": rows}, where an item's score is the mean over all variants."""
+    """Runs all studies of a task: {"num_items", "studies": {name: ...}, "items": rows}, where an item's score is the mean over all variants."""
     answers_N = np.array([item.answer for item in items])
     picks, measured = {}, {}
     for study, variants in studies().items():
@@ -95,7 +95,7 @@ def measure(score: Score, items: Sequence[Item], shots: dict[str, list[Item]]) -
 
 
 def ask(score: Score, items: Sequence[Item], shots: dict[str, list[Item]], variant: Variant) -> np.ndarray:
-    """Of each item, the choice [N] that the model picks; an index into the item's own choices, wherever they stand."""
+    """Returns the choice [N] that the model picks of each item: an index into the item's own choices, wherever they stand."""
     prompts = [variant.prompt(item, shots[item.subject]) for item in items]
     scores_NC = np.asarray(score(prompts, [[f" {label}" for label in variant.labels]] * len(items)))
     assert scores_NC.shape == (len(items), NUM_CHOICES), scores_NC.shape
@@ -103,8 +103,8 @@ def ask(score: Score, items: Sequence[Item], shots: dict[str, list[Item]], varia
 
 
 def compare(variants: Sequence[Variant], picks_VN: np.ndarray, answers_N: np.ndarray) -> dict:
-    """Of one study: each variant's accuracy with its 95 % interval, the share of its items that flip (another choice than in the first
-    variant) and how often each place is picked; then the spread over the variants, and the share of items that no variant flips."""
+    """Returns the numbers of one study: each variant's accuracy with its 95 % interval, the share of its items that flip (another choice than
+    in the first variant) and how often each place is picked; then the spread over the variants, and the share of items that no variant flips."""
     accuracy_V, flips_VN, N = (picks_VN == answers_N).mean(1), picks_VN != picks_VN[0], len(answers_N)
     rows = []
     for variant, picks_N, accuracy, flips_N in zip(variants, picks_VN, accuracy_V, flips_VN):
@@ -116,7 +116,7 @@ def compare(variants: Sequence[Variant], picks_VN: np.ndarray, answers_N: np.nda
 
 
 def table(task: str, found: dict) -> str:
-    """The studies as text; the orders of the answers by how many choices they move."""
+    """Returns the studies as text; the orders of the answers by how many choices they move."""
     lines = [f"{task}: {found['num_items']} items, {NUM_SHOTS} examples (few-shot labels: 4)"]
     for study, result in found["studies"].items():
         lines.append(f"\n{study:24} accuracy (95 %)     flips   places {' / '.join(letters(range(NUM_CHOICES)))} picked, %")
@@ -132,7 +132,8 @@ def table(task: str, found: dict) -> str:
 
 
 def draw(path: Path, task: str, found: dict) -> None:
-    """A panel a study: the accuracy of each variant with its 95 % interval, chance as a line. Raises UserError without matplotlib."""
+    """Draws a panel for each study: the accuracy of each variant with its 95 % interval, chance as a line. Raises UserError without
+    matplotlib."""
     with figure_file(path, 12, 3.6) as figure:
         panels = figure.subplots(1, len(found["studies"]), sharey=True)
         for panel, (study, result) in zip(panels, found["studies"].items()):
@@ -150,7 +151,7 @@ def draw(path: Path, task: str, found: dict) -> None:
 
 
 def _told(study: str, rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """Named lines of the table, and the variants that each is the mean of."""
+    """Returns the named lines of the table, and the variants that each is the mean of."""
     if study != ORDER:
         return [(row["name"], [row]) for row in rows]
     distances = dict.fromkeys(row["distance"] for row in rows)

@@ -41,7 +41,7 @@ class Variant:
     instruction: str = INSTRUCTION
 
     def prompt(self, item: Item, shots: Sequence[Item]) -> str:
-        """What " " and a label follow; `shots` are NUM_SHOTS examples."""
+        """Returns what " " and a label follow; `shots` are NUM_SHOTS examples."""
         if self.shot_places:
             shots = [answer_at(shot, place) for shot, place in zip(shots, self.shot_places)]
         about = f" about {item.subject.replace('_', ' ')}" if item.subject else ""
@@ -50,7 +50,7 @@ class Variant:
 
 
 def studies() -> dict[str, list[Variant]]:
-    """The variants of each study; with the first of a study the others are compared."""
+    """Returns the variants of each study; with the first of a study the others are compared."""
     orders = sorted(itertools.permutations(IN_PLACE), key=distance)
     return {
         "few-shot labels": [Variant(letters(places), shot_places=places) for places in SHOT_PLACES],
@@ -67,25 +67,25 @@ def studies() -> dict[str, list[Variant]]:
 
 
 def distance(order: Sequence[int]) -> int:
-    """How many choices an order moves: 0, 2, 3 or 4."""
+    """Returns how many choices an order moves: 0, 2, 3 or 4."""
     return sum(place != i for i, place in enumerate(order))
 
 
 def reorder(item: Item, order: Sequence[int]) -> Item:
-    """The item with choice i at place `order[i]`; it keeps its id."""
+    """Returns the item with choice i at place `order[i]`; it keeps its id."""
     shown = sorted(range(len(order)), key=order.__getitem__)
     return dataclasses.replace(item, choices=tuple(item.choices[i] for i in shown), answer=order[item.answer])
 
 
 def answer_at(item: Item, place: int) -> Item:
-    """The item with its right answer at `place`, and what stood there where the answer was."""
+    """Returns the item with its right answer at `place`, and what stood there where the answer was."""
     order = list(IN_PLACE)
     order[item.answer], order[place] = place, item.answer
     return reorder(item, order)
 
 
 def draw_shots(task: str, items: Sequence[Item], seed: int) -> tuple[dict[str, list[Item]], list[Item]]:
-    """The examples of each subject, and the items that are left to be asked. The same seed draws the same.
+    """Draws the examples of each subject; returns them and the items that are left to be asked. The same seed draws the same.
 
     Raises UserError where there are too few items.
     """

@@ -19,7 +19,7 @@ def is_known(task: str, data_dir: str | Path | None) -> bool:
 
 
 def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
-    """lm-eval's configuration of the task: log-likelihoods of the choices for "base", a written answer for "instruct".
+    """Returns lm-eval's configuration of the task: log-likelihoods of the choices for "base", a written answer for "instruct".
 
     Examples are the first items of the file, which are then not asked.
     """

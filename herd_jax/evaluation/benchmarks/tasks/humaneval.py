@@ -30,7 +30,7 @@ def score(doc: dict, answers: list[str]) -> dict:
 
 
 def program(doc: dict, answer: str) -> str:
-    """The function's module: of an answer with a block of code that block, behind the imports of the prompt; else prompt and answer."""
+    """Returns the function's module: the block of code of an answer that has one, behind the imports of the prompt; else prompt and answer."""
     block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     code = block[1] if block else answer
     if re.search(rf"^def {re.escape(doc['entry_point'])}\b", code, re.MULTILINE):

@@ -32,7 +32,7 @@ def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
 
 
 def _checkers(kinds: set[str]):
-    """lm-eval's module, imported without the download that it would start."""
+    """Returns lm-eval's module, imported without the download that it would start."""
     try:
         import nltk
 
