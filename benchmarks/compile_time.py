@@ -15,7 +15,6 @@ from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import ModelConfig
 from herd_jax.training.config import RunConfig, TrainConfig, build_steps
 from herd_jax.training.next_token import NEXT_TOKEN
-from herd_jax.training.step import BATCH_FIELDS
 
 
 def main():
@@ -37,7 +36,7 @@ def main():
             steps = build_steps(config, mesh, NEXT_TOKEN)
             state = jax.eval_shape(lambda: steps.plan.init(0))
             shape = (4, 2, 256)
-            batch = {f: jax.ShapeDtypeStruct(shape, bool if f == "loss_mask" else np.int32) for f in BATCH_FIELDS}
+            batch = {f: jax.ShapeDtypeStruct(shape, bool if f == "loss_mask" else np.int32) for f in NEXT_TOKEN.fields}
             start = time.perf_counter()
             lowered = steps.train.lower(state, batch)
             lowering = time.perf_counter() - start

@@ -30,9 +30,10 @@ from herd_jax.parallel.table import lower
 from herd_jax.planning import memory
 from herd_jax.planning.job import Job
 from herd_jax.planning.simulator import Costs, simulate
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
 from herd_jax.training.state import StatePlan
-from herd_jax.training.step import BATCH_FIELDS, Steps
+from herd_jax.training.step import Steps
 
 SCHEDULES = {
     "gpipe": PipelineConfig("gpipe"),
@@ -141,7 +142,7 @@ def measure_work(args):
         shape = (args.micro_batches, 1, seq_len)
         tokens = rng.integers(0, model.vocab_size, shape).astype(np.int32)
         ones, index = np.ones(shape, np.int32), np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
-        fields = dict(zip(BATCH_FIELDS, (tokens, tokens, ones > 0, ones, index)))
+        fields = dict(zip(NEXT_TOKEN.fields, (tokens, tokens, ones > 0, ones, index)))
         batch = {field: jax.device_put(value, steps.batch_sharding) for field, value in fields.items()}
         params = steps.plan.init(0).params
         runs[name] = lambda steps=steps, params=params, batch=batch: steps.gradient(params, batch)
@@ -177,13 +178,13 @@ def make_steps(args, model, config: PipelineConfig, remat: str = "none") -> Step
     mesh, optimizer = make_mesh(MeshConfig(pp=args.pp, dp=1)), OptimizerConfig()
     llama, layout = Llama.make(model, "blockwise", remat), Layout.make(mesh, model.num_layers, config.num_chunks)
     plan = StatePlan(llama.declared, make_optimizer(optimizer, llama.declared), layout)
-    return Steps(llama, layout, plan, optimizer, jnp.float32, "step", config)
+    return Steps(NEXT_TOKEN, llama, layout, plan, optimizer, jnp.float32, "step", config)
 
 
 def compiled_bytes(args, model, config: PipelineConfig, remat: str, shape) -> int:
     """Of the training step on each device, as XLA has laid them out."""
     steps = make_steps(args, model, config, remat)
-    batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in BATCH_FIELDS}
+    batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in NEXT_TOKEN.fields}
     state = jax.eval_shape(lambda: steps.plan.init(0))
     found = steps.train.lower(state, batch).compile().memory_analysis()
     return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes

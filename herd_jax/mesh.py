@@ -22,11 +22,11 @@ FSDP_AXES = ("dp", "cp")  # weights, gradients and optimizer state are sharded o
 class MeshConfig:
     """Sizes of the mesh axes; `dp` 0 takes whatever devices are left."""
 
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    dp: int = 0
-    allow_tp_across_hosts: bool = False
+    tp: int = 1  # tensor parallelism: devices that share each matrix and the sequence between blocks
+    cp: int = 1  # context parallelism: devices that share each sequence
+    pp: int = 1  # pipeline parallelism: devices that share the layers
+    dp: int = 0  # data parallelism (FSDP): devices that share the batch; 0: all that are left
+    allow_tp_across_hosts: bool = False  # for hosts that are linked as fast as the devices in them
 
     def __post_init__(self):
         for axis in ("tp", "cp", "pp"):

@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herd_jax.config import differences, parse, read_command_line, to_dict
+from herd_jax.config.help import field_comments
+from herd_jax.config.values import sections_of
+from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError
+from herd_jax.training.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +23,9 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    tp: int = 1
+    """Sizes of the mesh. And more of it."""
+
+    tp: int = 1  # devices that share a matrix
     cp: int = 1
 
     def __post_init__(self):
@@ -275,7 +281,7 @@ def test_no_file():
         read_command_line(Run, ["--config.workdir=w"])
 
 
-def test_help_lists_every_key(capsys):
+def test_help_says_what_every_key_is(capsys):
     with pytest.raises(SystemExit) as exit_:
         read_command_line(Run, ["--help"])
     assert exit_.value.code == 0
@@ -283,6 +289,21 @@ def test_help_lists_every_key(capsys):
     assert lines[0] == "usage: --config FILE [--config.KEY=VALUE ...]"
     assert "--config.workdir str, required" in lines
     assert "--config.data.sources dict[str, float], required" in lines
-    assert "--config.mesh.tp int, default 1" in lines
+    assert lines.index("config.mesh: Sizes of the mesh.") + 1 == lines.index("--config.mesh.tp int, default 1")
+    assert lines[lines.index("--config.mesh.tp int, default 1") + 1] == "devices that share a matrix"
     assert "--config.optimizer.phases tuple[Phase, ...], default ()" in lines
+    assert "config.optimizer.phases[].tokens float, required" in lines
     assert "--config.optimizer.seq_len int | None, default None" in lines
+
+
+@pytest.mark.parametrize("config", [RunConfig, CurationConfig])
+def test_every_field_of_a_config_says_what_it_is(config):
+    def unsaid(cls):
+        meanings, sections = field_comments(cls), sections_of(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in sections:
+                yield from unsaid(sections[field.name])
+            elif not meanings[field.name]:
+                yield f"{cls.__name__}.{field.name}"
+
+    assert not list(unsaid(config))

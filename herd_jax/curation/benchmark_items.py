@@ -19,8 +19,8 @@ class Benchmark:
     """
 
     name: str  # letters, digits and underscores
-    path: str
-    fields: tuple[str, ...] = ()
+    path: str  # .jsonl, .json, .parquet, or text with an item a line
+    fields: tuple[str, ...] = ()  # whose text is the item; none named: all
 
     def __post_init__(self):
         if not re.fullmatch(r"\w+", self.name, re.ASCII):

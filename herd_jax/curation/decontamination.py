@@ -30,8 +30,8 @@ THRESHOLDS = (0.2, 0.5, 0.8, 1.0)  # of the report: the paper chooses one for ea
 class DecontaminationConfig:
     """Documents go that by themselves hold at least the share `drop_at` of the tokens of an item of 8 or more; without it none do."""
 
-    benchmarks: tuple[Benchmark, ...] = ()
-    drop_at: float | None = None
+    benchmarks: tuple[Benchmark, ...] = ()  # files of items that must not be trained on
+    drop_at: float | None = None  # share of an item's tokens from which a document that holds them goes; none: they are counted alone
 
     def __post_init__(self):
         if self.drop_at is not None and not 0 < self.drop_at <= 1:

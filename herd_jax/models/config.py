@@ -89,19 +89,19 @@ MODELS = {
 class ModelConfig:
     """A model by name, with any of its dimensions overridden."""
 
-    name: str = "llama-5m"
-    dim: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    ffn_dim: int | None = None
-    vocab_size: int | None = None
-    rope_theta: float | None = None
+    name: str = "llama-5m"  # one of the known models (a wrong name lists them); the fields below override it
+    dim: int | None = None  # of the residual stream
+    num_layers: int | None = None  # Transformer layers
+    num_heads: int | None = None  # query heads
+    num_kv_heads: int | None = None  # key and value heads; divides num_heads
+    head_dim: int | None = None  # of each head; even
+    ffn_dim: int | None = None  # hidden dim of the feed-forward
+    vocab_size: int | None = None  # rows of the embedding
+    rope_theta: float | None = None  # base of RoPE's frequencies
     rope_scaling: RopeScaling | None = None
-    norm_eps: float | None = None
-    tie_embeddings: bool | None = None
-    init_std: float | None = None
+    norm_eps: float | None = None  # added to the mean square in RMSNorm
+    tie_embeddings: bool | None = None  # whether the output matrix is the embedding's
+    init_std: float | None = None  # standard deviation of first weights; those that write to the residual stream have it over sqrt(2 L)
 
     def resolve(self) -> LlamaConfig:
         """Raises UserError for an unknown name or impossible dimensions."""

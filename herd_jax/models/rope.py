@@ -12,10 +12,10 @@ import numpy as np
 class RopeScaling:
     """Low frequencies divided by `factor`, high ones kept, a blend between; factor 1 is no scaling (Meta's llama-models)."""
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    factor: float = 8.0  # by which low frequencies are divided; 1: no scaling
+    low_freq_factor: float = 1.0  # wavelengths above original_max_position / this are scaled in full
+    high_freq_factor: float = 4.0  # wavelengths below original_max_position / this are kept
+    original_max_position: int = 8192  # tokens of context before scaling
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

@@ -52,13 +52,13 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """`num_chunks` stages on each rank, interleaved; `contiguous_micro_batches` of one chunk run in a row (0: as many as there are ranks,
-    twice as many where messages overlap): PP is depth-first, all of them breadth-first. `overlap` gives messages one tick to travel."""
+    """How micro-batches go through the stages of the pipeline. As many of one chunk in a row as there are ranks is depth-first, all of them
+    is breadth-first."""
 
     schedule: str = "1f1b"  # gpipe | 1f1b | interleaved | zero_bubble
-    num_chunks: int = 1
-    contiguous_micro_batches: int = 0
-    overlap: bool = False
+    num_chunks: int = 1  # stages on each rank; 2 or more with interleaved
+    contiguous_micro_batches: int = 0  # of one chunk in a row; 0: as many as ranks, twice as many with overlap
+    overlap: bool = False  # messages have one tick to travel, and hide behind it
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:

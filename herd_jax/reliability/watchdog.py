@@ -30,13 +30,12 @@ _POLL_SECONDS, _SEEN_SECONDS, _DUMP_SECONDS = 1.0, 10.0, 30.0
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    """A step may take `factor` x the median of the last steps, and at least `min_seconds`; anything else (restoring, compiling, evaluating,
-    saving) `other_seconds`."""
+    """How long a step, and anything else, may take before a run counts as hanging."""
 
-    enabled: bool = True
-    factor: float = 10.0
-    min_seconds: float = 120.0
-    other_seconds: float = 3600.0
+    enabled: bool = True  # whether a run that hangs is ended, with a record of what it did
+    factor: float = 10.0  # times the median step that a step may take
+    min_seconds: float = 120.0  # that a step may take in any case
+    other_seconds: float = 3600.0  # that anything else may take: restoring, compiling, evaluating, saving
 
     def __post_init__(self):
         if not self.factor > 1:

@@ -31,27 +31,25 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """One phase of the batch ramp; `num_micro_batches` 0 takes train.num_micro_batches."""
+    """One phase of the batch ramp."""
 
-    from_tokens: int
-    global_batch_size: int
-    seq_len: int
-    num_micro_batches: int = 0
+    from_tokens: int  # tokens trained on before the first step of the phase
+    global_batch_size: int  # sequences a step, over all devices
+    seq_len: int  # tokens of a sequence
+    num_micro_batches: int = 0  # of each dp rank in a step; 0: train.num_micro_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`global_batch_size` in sequences a step. `phases`, where given, replace it and `seq_len`, as the tokens trained on grow.
+    """How long and on what shapes a run trains, and how a step is computed. `phases` are the ramp of the first of `stages`, where both are
+    given."""
 
-    `stages`, where given, say instead of `num_steps` and `seq_len` how long the run is (`phases` are then the ramp of the first).
-    """
-
-    num_steps: int = 1000
-    global_batch_size: int = 32
-    seq_len: int = 512
-    num_micro_batches: int = 1
-    phases: tuple[PhaseConfig, ...] = ()
-    stages: tuple[StageConfig, ...] = ()
+    num_steps: int = 1000  # optimizer steps of the whole run
+    global_batch_size: int = 32  # sequences a step, over all devices
+    seq_len: int = 512  # tokens of a sequence
+    num_micro_batches: int = 1  # of each dp rank in a step
+    phases: tuple[PhaseConfig, ...] = ()  # batch ramp, as the tokens trained on grow; replaces global_batch_size and seq_len
+    stages: tuple[StageConfig, ...] = ()  # the run in stages of growing length; replaces num_steps and seq_len
     gate: GateConfig = GateConfig()  # after each stage
     compute_dtype: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     attention: str = "auto"  # auto | dense | blockwise | tokamax | cudnn
@@ -100,10 +98,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Validation every `every_steps` steps (and at the end), on the same `num_batches` batches."""
+    """How often a run is evaluated on held-out data."""
 
-    every_steps: int = 100
-    num_batches: int = 8
+    every_steps: int = 100  # steps between two evaluations; the last step is evaluated too
+    num_batches: int = 8  # held-out batches, the same at each evaluation
 
     def __post_init__(self):
         for name in ("every_steps", "num_batches"):
@@ -113,7 +111,9 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every_steps: int = 10
+    """How often a run says how it goes."""
+
+    every_steps: int = 10  # steps between two lines of metrics
 
     def __post_init__(self):
         if self.every_steps < 1:
@@ -124,9 +124,9 @@ class LogConfig:
 class RunConfig:
     """Everything that `python -m herd_jax.train` reads."""
 
-    workdir: str
+    workdir: str  # directory of the run: checkpoints, metrics, logs; the same command continues what is there
     data: DataConfig
-    seed: int = 0
+    seed: int = 0  # of the first weights and the order of the data
     init_from: str = ""  # a model in any known format: its weights to begin with, its dimensions instead of `model`
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()

@@ -17,23 +17,20 @@ from herd_jax.parallel import collectives
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Rates are per step; `warmup_steps` are counted in `decay_steps`, at whose end the rate has reached its floor.
+    """AdamW, clipping, and the learning rate by step: warmup, cosine to a floor, and annealing (section 3.4.3), in which the rate falls
+    linearly from what it is there to 0."""
 
-    Annealing (section 3.4.3): after step `anneal_from` the rate falls linearly, from what it is there to 0 at the end of `anneal_steps`
-    (0: it does not).
-    """
-
-    peak_learning_rate: float = 3e-4
-    final_learning_rate: float = 3e-6
-    warmup_steps: int = 100
-    decay_steps: int = 1000
-    anneal_from: int = 0
-    anneal_steps: int = 0
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    peak_learning_rate: float = 3e-4  # at the end of the warmup
+    final_learning_rate: float = 3e-6  # from decay_steps on
+    warmup_steps: int = 100  # steps in which the rate rises linearly from 0
+    decay_steps: int = 1000  # step at which the cosine has reached its floor, the warmup counted in
+    anneal_from: int = 0  # step after which the rate falls linearly to 0
+    anneal_steps: int = 0  # steps of that fall; 0: none
+    weight_decay: float = 0.1  # of matrices; norms have none
+    clip_norm: float = 1.0  # most that the gradient's global norm may be; inf: no clipping
+    b1: float = 0.9  # decay of AdamW's first moment
+    b2: float = 0.95  # decay of AdamW's second moment
+    eps: float = 1e-8  # added to the root of the second moment
 
     def __post_init__(self):
         for name in ("b1", "b2"):

@@ -2,18 +2,19 @@
 
 import itertools
 
+import chex
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from herd_jax.data.batches import TrainingBatches, read_batch, validation_batches
+from herd_jax.data.batches import TOKENS, TrainingBatches, read_batch, validation_batches
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig, validation_rows
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.parallel.context import zigzag_order
-from herd_jax.training.step import BATCH_FIELDS, BATCH_SPEC
+from herd_jax.training.next_token import NEXT_TOKEN
 
 DATA = DataConfig({"first": 2.0, "second": 1.0})
 PHASE = Phase(0, 8, 16, 2)
@@ -35,7 +36,7 @@ def streams(tmp_path_factory):
 
 
 def sharding(tp=1, cp=1, pp=1, dp=1):
-    return NamedSharding(make_mesh(MeshConfig(tp, cp, pp, dp), jax.devices()[: tp * cp * pp * dp]), BATCH_SPEC)
+    return NamedSharding(make_mesh(MeshConfig(tp, cp, pp, dp), jax.devices()[: tp * cp * pp * dp]), TOKENS)
 
 
 def training(streams, where, seed=0, num_steps=8, ramp=RAMP):
@@ -45,7 +46,7 @@ def training(streams, where, seed=0, num_steps=8, ramp=RAMP):
 def in_row_order(host_batch, where):
     """The global batch on the mesh, as rows [global batch, S] with the zigzag undone."""
     arrays = host_batch.to_devices(where)
-    assert set(arrays) == set(BATCH_FIELDS)
+    assert set(arrays) == set(NEXT_TOKEN.fields)
     assert all(array.sharding.is_equivalent_to(where, 3) for array in arrays.values())
     arrays = {field: np.asarray(array) for field, array in arrays.items()}
     seq_len = arrays["tokens"].shape[2]
@@ -54,7 +55,7 @@ def in_row_order(host_batch, where):
 
 
 def assert_same(got, expected):
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    chex.assert_trees_all_equal(got, expected)
 
 
 def test_rows_in_order(streams):
@@ -161,7 +162,7 @@ def test_validation_batches_are_filled_up(streams, mesh):
     assert num_rows % 8
     found = [in_row_order(batch, where) for rows in validation_rows(streams, 16, 1000) for batch in validation_batches(rows, PHASE, where)]
     assert len(found) == -(-num_rows // 8)
-    whole = {field: np.concatenate([batch[field] for batch in found]) for field in BATCH_FIELDS}
+    whole = {field: np.concatenate([batch[field] for batch in found]) for field in NEXT_TOKEN.fields}
     tokens, segments, mask = whole["tokens"], whole["segment_ids"], whole["loss_mask"]
     assert len(set(tokens[:num_rows, 0].tolist())) == num_rows
     assert not mask[num_rows:].any() and not segments[num_rows:].any() and not tokens[num_rows:].any()

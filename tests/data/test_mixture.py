@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from herd_jax.config import parse, to_dict
-from herd_jax.data.batches import TrainingBatches, mixture
+from herd_jax.data.batches import TOKENS, TrainingBatches, mixture
 from herd_jax.data.mixture import Mixture
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig, MixPhase, TrainingRows, open_streams
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig, make_mesh
-from herd_jax.training.step import BATCH_SPEC
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3) | st.integers(1, 10**12) | st.just(0.25), min_size=1, max_size=9)
 
@@ -99,7 +98,7 @@ def data(tmp_path_factory):
 
 
 def batches(config, ramp, num_steps):
-    sharding = NamedSharding(make_mesh(MeshConfig(dp=1), jax.devices()[:1]), BATCH_SPEC)
+    sharding = NamedSharding(make_mesh(MeshConfig(dp=1), jax.devices()[:1]), TOKENS)
     return TrainingBatches(config, open_streams(config, "train"), ramp, 7, num_steps, sharding)
 
 

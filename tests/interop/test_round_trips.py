@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
     expected = by_name(tiny.canonical_params(steps))
     assert_same_model(tmp_path, tiny.CONFIG, read_from(expected), FLOAT32)
     params = load_params(open_source(tmp_path), steps.layout, steps.model.declared, jnp.float32)
-    jax.tree.map(np.testing.assert_array_equal, params, steps.plan.init(0).params)
+    chex.assert_trees_all_equal(params, steps.plan.init(0).params)
 
     source = open_source(tmp_path)
     wrong = source.checksums[".params['layers']['qkv']"] ^ 1

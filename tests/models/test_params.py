@@ -1,5 +1,6 @@
 """The one declaration: exact parameter counts, where each parameter lies, the same first values and checkpoints on every mesh."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,7 @@ def one_device():
 @MESHES
 def test_first_values_are_the_same_on_every_mesh(mesh, one_device):
     """Bit for bit, padding and empty slots left out."""
-    jax.tree.map(np.testing.assert_array_equal, tiny.canonical_params(tiny.make_steps(*mesh), seed=7), one_device)
+    chex.assert_trees_all_equal(tiny.canonical_params(tiny.make_steps(*mesh), seed=7), one_device)
 
 
 def test_first_values(one_device):
@@ -159,7 +160,7 @@ def test_a_state_restored_on_a_mesh(mesh):
     for leaf, abstract in zip(jax.tree.leaves(canonical), jax.tree.leaves(plan.abstract_canonical()), strict=True):
         assert (leaf.shape, leaf.dtype) == (abstract.shape, abstract.dtype)
     restored = plan.from_canonical(canonical)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, restored), before)
+    chex.assert_trees_all_equal(jax.tree.map(np.array, restored), before)
     for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(plan.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 

@@ -1,5 +1,6 @@
 """The two parts of a split backward against the whole one."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_weight_that_is_the_identity():
     weights, x = {"bias": jnp.ones((3, 5))}, jnp.ones((3, 5))
     dy = jnp.arange(15.0).reshape(3, 5)
     whole, split, cut = parts(lambda w, x: x + w["bias"], weights, x, dy)
-    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    chex.assert_trees_all_equal(split, whole)
     assert len(cut.kept) == 1
 
 

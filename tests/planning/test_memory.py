@@ -12,8 +12,8 @@ from herd_jax.models.config import MODELS
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.planning import memory
 from herd_jax.planning.job import Job
+from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.state import State
-from herd_jax.training.step import BATCH_FIELDS
 
 # The CPU computes in FP32: its matmuls in BF16 would hold FP32 copies that no accelerator makes.
 FP32_DEVICE = dataclasses.replace(HARDWARE["h100"], value_bytes=4)
@@ -38,7 +38,7 @@ def allocated(job: Job) -> int:
         job.tp, job.cp, job.pp, job.dp, config=job.model, attention="blockwise", remat=job.remat, gather=job.gather, pipeline=job.pipeline
     )
     shape = (job.num_micro_batches, job.micro_batch_size * job.dp, job.seq_len)
-    batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in BATCH_FIELDS}
+    batch = {field: jax.ShapeDtypeStruct(shape, bool if field == "loss_mask" else np.int32) for field in NEXT_TOKEN.fields}
     declaration = lambda node: hasattr(node, "axes")
     params = jax.tree.map(lambda d: jax.ShapeDtypeStruct(steps.layout.stored_shape(d), np.float32), steps.model.declared, is_leaf=declaration)
     state = State(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(steps.plan.optimizer.init, params))

@@ -5,6 +5,7 @@ import functools
 import itertools
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,7 @@ def test_a_healthy_step_is_the_same_verified_or_not(mesh, tmp_path):
     steps, state, batch = start(mesh)
     verified, metrics = verification(steps, tmp_path).take(1, steps.train, state, batch)
     expected, expected_metrics = steps.train(steps.plan.init(0), batch)
-    jax.tree.map(np.testing.assert_array_equal, (verified, metrics), (expected, expected_metrics))
+    chex.assert_trees_all_equal((verified, metrics), (expected, expected_metrics))
     assert leaf_types(verified)[LEAF]  # what the tests below flip is there
 
 

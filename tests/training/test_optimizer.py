@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,9 +137,9 @@ def test_clipping():
     np.testing.assert_allclose(clipped["a"], [0.6, 0], rtol=1e-6)
     np.testing.assert_allclose(clipped["b"], [[0.8]], rtol=1e-6)
     for unchanged in (5.0, 7.0, math.inf):
-        jax.tree.map(np.testing.assert_array_equal, clip(gradients, norm, unchanged), gradients)
+        chex.assert_trees_all_equal(clip(gradients, norm, unchanged), gradients)
     nothing = jax.tree.map(jnp.zeros_like, gradients)
-    jax.tree.map(np.testing.assert_array_equal, clip(nothing, jnp.float32(0), 1.0), nothing)
+    chex.assert_trees_all_equal(clip(nothing, jnp.float32(0), 1.0), nothing)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 4)], ids=str)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_a_step_beyond_its_limits_changes_only_the_count():
         after, same = steps.train_within(steps.plan.init(0), batch, np.array(limits, np.float32))
         assert float(same["loss"]) == loss and bool(same["finite"])
         expected = state if good else State(jnp.int32(1), *steps.plan.init(0)[1:])
-        jax.tree.map(np.testing.assert_array_equal, after, expected)
+        chex.assert_trees_all_equal(after, expected)
 
 
 def test_rewinds_to_one_step_come_to_an_end():
@@ -150,14 +151,14 @@ def test_rewind_leaves_out_the_batches_from_the_checkpoint_on(data, tmp_path, mo
     assert "not finite at step 7: back to step 4, the batches of steps 5 to 7 are left out" in out
     _, position_again, state_again = trained(data, tmp_path / "again", monkeypatch, bad, 6, 9, 14)
     assert position_again == position
-    jax.tree.map(np.testing.assert_array_equal, state_again, state)
+    chex.assert_trees_all_equal(state_again, state)
     assert "back to step 8, the batches of steps 9 to 10" in capsys.readouterr().out  # not to 9, where it was interrupted
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
     for step in (12, 14):
         shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))
     _, position_again, state_again = trained(data, tmp_path / "again", monkeypatch, bad, 14)  # from 9, to 6, to 8 once more
     assert position_again == position
-    jax.tree.map(np.testing.assert_array_equal, state_again, state)
+    chex.assert_trees_all_equal(state_again, state)
     _, _, undisturbed = trained(data, tmp_path / "undisturbed", monkeypatch, (), 14)
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(undisturbed.params), strict=True))
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +154,7 @@ def test_non_finite_step_changes_nothing_but_the_count(rows):
     assert not bool(metrics["finite"]) and int(after.step) == 1
     after = jax.tree.map(np.array, (after.params, after.optimizer))
     after[0]["layers"]["down"][0, 0, 0] = before[0]["layers"]["down"][0, 0, 0]
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_padded_vocabulary_and_empty_slots_stay_zero(rows):

@@ -40,9 +40,9 @@ MATH_LINE = re.compile(
 class ClassifierConfig:
     """The classifier at `path` says yes where it gives `label` a probability of at least `least`."""
 
-    path: str
-    label: str = "yes"
-    least: float = 0.5
+    path: str  # of the classifier
+    label: str = "yes"  # that means yes
+    least: float = 0.5  # least probability of that label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ class CategoriesConfig:
 
     code: ClassifierConfig | None = None
     reasoning: ClassifierConfig | None = None
-    topics: str | None = None
-    least_code_lines: float = 0.25
-    least_math_lines: float = 0.25
-    home_language: str = "en"
+    topics: str | None = None  # path of a classifier whose likeliest label is the topic; none: no topics
+    least_code_lines: float = 0.25  # share of lines that look like code, where no classifier decides
+    least_math_lines: float = 0.25  # share of lines that look like mathematics, where no classifier decides
+    home_language: str = "en"  # code of the language that is not multilingual
 
     def __post_init__(self):
         for name in ("least_code_lines", "least_math_lines"):

@@ -18,10 +18,10 @@ class ThresholdConfig:
     """A document stays where the classifier at `path` gives `label` a probability of at least `least`, or that of its language in
     `languages`."""
 
-    path: str
-    label: str = "yes"
-    least: float = 0.5
-    languages: dict[str, float] = field(default_factory=dict)
+    path: str  # of the classifier
+    label: str = "yes"  # whose probability counts
+    least: float = 0.5  # probability from which a document stays
+    languages: dict[str, float] = field(default_factory=dict)  # such probabilities of single languages
 
     def __post_init__(self):
         for name, value in {"least": self.least, **{f"languages.{key}": value for key, value in self.languages.items()}}.items():

@@ -26,13 +26,13 @@ class DeduplicationConfig:
     no shape, 14 x 8 is FineWeb's. A line goes where more than `max_line_documents` of `line_bucket` successive documents hold it.
     `passage_words`: a passage of at least so many words that stood earlier is cut out; none: it stays."""
 
-    urls: bool = True
-    bands: int = 14
-    rows: int = 8
-    lines: bool = True
-    max_line_documents: int = 6
-    line_bucket: int = 30_000_000
-    passage_words: int | None = None
+    urls: bool = True  # whether only the newest version of a URL stays
+    bands: int = 14  # of MinHash; 0: no near-duplicates are looked for
+    rows: int = 8  # hashes of a band
+    lines: bool = True  # whether lines go that many documents hold
+    max_line_documents: int = 6  # documents of a bucket that may hold a line
+    line_bucket: int = 30_000_000  # successive documents of a bucket
+    passage_words: int | None = None  # words from which on a passage that stood earlier is cut out; none: it stays
 
     def __post_init__(self):
         for name in ("rows", "max_line_documents", "line_bucket"):

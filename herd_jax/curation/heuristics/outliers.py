@@ -23,8 +23,8 @@ class OutliersConfig:
     """A document goes if its divergence from the words of its language exceeds by more than `max_excess` nats that of words drawn from the
     language at random, as many as it has. Below `min_words` it is not judged."""
 
-    max_excess: float = 3.0
-    min_words: int = 50
+    max_excess: float = 3.0  # nats that a document's divergence may exceed that of random words by
+    min_words: int = 50  # below which a document is not judged
 
     def __post_init__(self):
         check_counts("outliers", {"max_excess": self.max_excess, "min_words": self.min_words})

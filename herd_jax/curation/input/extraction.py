@@ -81,7 +81,7 @@ class ExtractionConfig:
     """Documents of more than `max_characters` are dropped: longer than any book, they are data, whatever the later blocks would say after
     tens of seconds each. They bound the memory of a worker: 80 bytes each for the densest markup, 0.7 GiB."""
 
-    max_characters: int = 2**23
+    max_characters: int = 2**23  # above which a document is dropped
 
     def __post_init__(self):
         if self.max_characters < 1:

@@ -39,8 +39,8 @@ class ReadingConfig:
     """`text_field` holds the text in JSONL and Parquet. A document of more than `max_document_bytes` is dropped without being read whole: a
     task needs at most about ten times as much memory."""
 
-    text_field: str = "text"
-    max_document_bytes: int = 2**26
+    text_field: str = "text"  # that holds the text in JSONL and Parquet
+    max_document_bytes: int = 2**26  # above which a document is dropped without being read whole
 
     def __post_init__(self):
         if not self.text_field:

@@ -16,10 +16,10 @@ class PiiConfig:
     A text with at least `min_count` of them and more than `max_per_thousand_characters` goes: a list of contacts, not prose.
     """
 
-    kinds: tuple[str, ...] = KINDS
-    replacement: str = "<{kind}>"
-    min_count: int = 10
-    max_per_thousand_characters: float = 5.0
+    kinds: tuple[str, ...] = KINDS  # what is looked for
+    replacement: str = "<{kind}>"  # what stands in its place; {kind} is the kind in capitals
+    min_count: int = 10  # found from which on a text may go as a list of contacts
+    max_per_thousand_characters: float = 5.0  # above which it then goes
 
     def __post_init__(self):
         for kind in self.kinds:

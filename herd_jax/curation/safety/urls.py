@@ -41,16 +41,16 @@ class UrlSafetyConfig:
     `subwords`. A URL goes for one hard word, `soft_word_threshold` different soft words, or one subword in its letters and digits.
     """
 
-    use_datatrove_lists: bool = True
-    adult_domains: tuple[str, ...] = ()
-    high_pii_domains: tuple[str, ...] = ()
-    unsafe_domains: tuple[str, ...] = ()
-    blocked_domains: tuple[str, ...] = ()
-    blocked_urls: tuple[str, ...] = ()
-    hard_words: tuple[str, ...] = ()
-    soft_words: tuple[str, ...] = ()
-    soft_word_threshold: int = 2
-    subwords: tuple[str, ...] = ()
+    use_datatrove_lists: bool = True  # adds the lists that datatrove packages
+    adult_domains: tuple[str, ...] = ()  # files of domains, one a line
+    high_pii_domains: tuple[str, ...] = ()  # files of domains, one a line
+    unsafe_domains: tuple[str, ...] = ()  # files of domains, one a line
+    blocked_domains: tuple[str, ...] = ()  # files of domains, one a line
+    blocked_urls: tuple[str, ...] = ()  # files of URLs, one a line
+    hard_words: tuple[str, ...] = ()  # files of words of which one in a URL is enough
+    soft_words: tuple[str, ...] = ()  # files of words of which several in a URL are enough
+    soft_word_threshold: int = 2  # different soft words that are enough
+    subwords: tuple[str, ...] = ()  # files of words that are enough anywhere in a URL's letters and digits
     cache_dir: str = "~/.cache/herd_jax/url_lists"  # of the hashed lists: about 8 bytes a line
 
     def __post_init__(self):

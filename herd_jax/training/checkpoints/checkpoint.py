@@ -35,15 +35,12 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often to save (in steps) and how many of the newest checkpoints to keep; the best by validation loss is kept too.
+    """How often a run is saved, and what is kept."""
 
-    `local_directory`, where given, is on each host's own fast disk or in its memory (/dev/shm): saved to every `local_every_steps`.
-    """
-
-    every_steps: int = 100
-    keep: int = 3
-    local_directory: str = ""
-    local_every_steps: int = 10
+    every_steps: int = 100  # steps between two checkpoints
+    keep: int = 3  # newest checkpoints kept; the one with the lowest validation loss is kept too
+    local_directory: str = ""  # on each host's own fast disk or memory (/dev/shm); empty: none
+    local_every_steps: int = 10  # steps between two local checkpoints
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep", "local_every_steps"):

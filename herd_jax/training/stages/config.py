@@ -14,19 +14,17 @@ from herd_jax.parallel.schedule import PipelineConfig
 class GateConfig:
     """What a stage has to show before the next one begins (section 3.4.2 of the paper, which gives no margin); else it trains on.
 
-    `short_margin`: nats a token by which the validation loss on rows of the first stage's `seq_len` may lie above what it was at that stage's
-    end (inf: not asked). `needle_recall`: the least share of needles found at each length (the first stage's, doubled up to the stage's own)
-    and at each of `num_depths` depths, of `num_samples` needles there (0: not asked); `template` is how they are worded. A stage that fails
-    goes on for `round_tokens` (0: a tenth of its tokens) and is asked again, at most `max_rounds` times.
+    Short rows are of the first stage's `seq_len`, and their loss is compared with that at the end of the first stage. Needles are looked for
+    at the first stage's length, doubled up to the stage's own. A stage that fails goes on for `round_tokens` and is asked again.
     """
 
-    short_margin: float = 0.02
-    needle_recall: float = 1.0
-    num_depths: int = 11
-    num_samples: int = 4
-    template: str = "sentence"
-    round_tokens: int = 0
-    max_rounds: int = 4
+    short_margin: float = 0.02  # nats a token by which the loss on short rows may be above the first stage's; inf: not asked
+    needle_recall: float = 1.0  # least share of needles found, at each length and depth; 0: not asked
+    num_depths: int = 11  # depths at which needles are hidden
+    num_samples: int = 4  # needles at each length and depth
+    template: str = "sentence"  # how needles are worded: sentence or record
+    round_tokens: int = 0  # tokens of further training after a refusal; 0: a tenth of the stage's
+    max_rounds: int = 4  # refusals after which the run ends
 
     def __post_init__(self):
         if not self.short_margin >= 0:
@@ -40,21 +38,17 @@ class GateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of a run (`training.stages`); what is None, or 0, is as the run has it.
+    """One stage of a run (`training.stages`); what is None, or 0, is as the run has it."""
 
-    `tokens` are trained on before the gate is asked. `learning_rate`, reached after `warmup_steps` of the stage, falls by a cosine until then
-    to `final_learning_rate` (None: it stays), or linearly to 0; without it the stage has the run's `optimizer` as it stands, from step 0.
-    """
-
-    seq_len: int
-    tokens: int
-    global_batch_size: int = 0
-    num_micro_batches: int = 0
-    rope_theta: float | None = None
+    seq_len: int  # tokens of a sequence
+    tokens: int  # trained on before the gate is asked
+    global_batch_size: int = 0  # sequences a step; 0: as the run has it
+    num_micro_batches: int = 0  # of each dp rank in a step; 0: as the run has it
+    rope_theta: float | None = None  # none: as the run has it
     rope_scaling: RopeScaling | None = None
-    learning_rate: float | None = None
-    final_learning_rate: float | None = None
-    warmup_steps: int = 0
+    learning_rate: float | None = None  # reached after warmup_steps; none: the run's optimizer as it stands, from step 0
+    final_learning_rate: float | None = None  # at the end of the stage, by a cosine; none: it stays; 0: linearly
+    warmup_steps: int = 0  # steps of the stage in which the rate rises
     mesh: MeshConfig | None = None
     pipeline: PipelineConfig | None = None
     data: DataConfig | None = None

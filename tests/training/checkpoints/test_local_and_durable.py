@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +60,7 @@ def damage(step_directory):
 def assert_restores(checkpointer, step, spec=P("x")):
     restored = checkpointer.restore(abstract(spec))
     assert restored.step == step and restored.position == {"step": step}
-    jax.tree.map(np.testing.assert_array_equal, restored.state, make_state(step))
+    chex.assert_trees_all_equal(restored.state, make_state(step))
 
 
 def local_steps(tmp_path):

@@ -1,4 +1,4 @@
-"""Reading a run's config: a python file and command line overrides become one frozen dataclass. Knows no room's fields.
+"""A mapping becomes a frozen dataclass, and back. Knows no room's fields.
 
 The dataclass (nested: a section is a field that is a dataclass) declares every key with its type and default; its own
 `__post_init__` says which values are allowed. Here a mapping is matched with that declaration, and each error names the full key.
@@ -9,55 +9,18 @@ import dataclasses
 import difflib
 import json
 import re
-import runpy
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
-
 from herd_jax.errors import UserError
-from herd_jax.files import user_path
 
 Config = TypeVar("Config")
-_USAGE = "--config FILE [--config.KEY=VALUE ...]"
 
 
 class _Mismatch(Exception):
     """A value that is not of the type its field declares."""
-
-
-def read_command_line(cls: type[Config], argv: list[str]) -> Config:
-    """Reads `--config FILE`, then overrides `--config.a.b=VALUE` or `--config.a.b VALUE`, into an instance of `cls`.
-
-    FILE is python with a function `get_config()` that returns a `cls`, or a ConfigDict or dict, which may leave keys to their defaults.
-    `--help` prints every key and exits with 0. Raises UserError for a wrong file, key, value or argument.
-    """
-    file, overrides, arguments = None, [], list(argv)
-    while arguments:
-        flag, has_value, value = arguments.pop(0).partition("=")
-        if flag in ("--help", "-h"):
-            print(_help(cls))
-            sys.exit(0)
-        if flag != "--config" and not flag.startswith("--config."):
-            raise UserError(f"unknown argument '{flag}': the arguments are {_USAGE}")
-        if not has_value:
-            if not arguments or arguments[0].startswith("--"):
-                raise UserError(f"{flag} needs a value: give {flag}=VALUE")
-            value = arguments.pop(0)
-        if flag == "--config":
-            file = value
-        else:
-            overrides.append((flag.removeprefix("--config."), value))
-    if file is None:
-        raise UserError(f"no config file is named: give {_USAGE}")
-    mapping = _read_file(user_path(file))
-    for key, value in overrides:
-        _set(mapping, key, value)
-    return parse(cls, mapping)
 
 
 def parse(cls: type[Config], mapping: Mapping[str, Any], path: str = "") -> Config:
@@ -84,39 +47,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [key for key in {**old_leaves, **new_leaves} if old_leaves.get(key, absent) != new_leaves.get(key, absent)]
 
 
-def _read_file(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"the config file {file} does not exist: give the path of a python file with get_config()")
-    get_config = runpy.run_path(str(file)).get("get_config")
-    if not callable(get_config):
-        raise UserError(f"the config file {file} has no function get_config(): define one that returns a ConfigDict")
-    config = get_config()
-    mapping = to_dict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else _plain(config)
-    if not isinstance(mapping, dict):
-        raise UserError(f"get_config() of {file} returned {type(mapping).__name__}: return a config, a ConfigDict or a dict")
-    return mapping
-
-
-def _plain(value: Any) -> Any:
-    """The value with every ConfigDict and mapping in it as a new dict."""
-    if isinstance(value, ConfigDict):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
-
-
-def _set(mapping: dict[str, Any], key: str, value: str) -> None:
-    *sections, name = key.split(".")
-    for depth, section in enumerate(sections, start=1):
-        if mapping.get(section) is None:
-            mapping[section] = {}
-        mapping = mapping[section]
-        if not isinstance(mapping, dict):
-            raise UserError(f"unknown config key '{key}': '{'.'.join(sections[:depth])}' is a value, not a section")
-    mapping[name] = value
-
-
 def _build(cls: type, mapping: Any, path: str) -> Any:
     if isinstance(mapping, str):
         mapping = _literal(mapping)
@@ -124,18 +54,18 @@ def _build(cls: type, mapping: Any, path: str) -> Any:
         return mapping
     if not isinstance(mapping, Mapping):
         raise _Mismatch
-    hints, sections, values = typing.get_type_hints(cls), _sections(cls), {}
-    for field in _fields(cls):
-        key = _join(path, field.name)
+    hints, sections, values = typing.get_type_hints(cls), sections_of(cls), {}
+    for field in fields_of(cls):
+        key = join(path, field.name)
         if field.name in mapping:
             try:
                 values[field.name] = _coerce(hints[field.name], mapping[field.name], key)
             except _Mismatch:
                 value = mapping[field.name]
                 raise UserError(
-                    f"config key '{key}' must be {_type_name(hints[field.name])}, got {value!r} ({type(value).__name__})"
+                    f"config key '{key}' must be {type_name(hints[field.name])}, got {value!r} ({type(value).__name__})"
                 ) from None
-        elif _is_required(field):
+        elif is_required(field):
             if field.name not in sections:
                 raise UserError(f"config key '{key}' is required: set it in the config file or give --config.{key}=VALUE")
             values[field.name] = _build(sections[field.name], {}, key)
@@ -228,18 +158,18 @@ def _literal(text: str) -> Any:
         raise _Mismatch from None
 
 
-def _fields(cls: type) -> list[dataclasses.Field]:
+def fields_of(cls: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
-def _is_required(field: dataclasses.Field) -> bool:
+def is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _sections(cls: type) -> dict[str, type]:
+def sections_of(cls: type) -> dict[str, type]:
     """Field name -> dataclass of the fields that hold one, optional or not."""
     found, hints = {}, typing.get_type_hints(cls)
-    for field in _fields(cls):
+    for field in fields_of(cls):
         hint = hints[field.name]
         members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         found |= {field.name: member for member in members if dataclasses.is_dataclass(member)}
@@ -248,18 +178,18 @@ def _sections(cls: type) -> dict[str, type]:
 
 def _names(cls: type, path: str) -> list[str]:
     """The dotted names of every field and section below `path`."""
-    nested = [name for field, section in _sections(cls).items() for name in _names(section, _join(path, field))]
-    return [_join(path, field.name) for field in _fields(cls)] + nested
+    nested = [name for field, section in sections_of(cls).items() for name in _names(section, join(path, field))]
+    return [join(path, field.name) for field in fields_of(cls)] + nested
 
 
 def _unknown_keys(cls: type, mapping: Any, path: str) -> Iterator[str]:
     if isinstance(mapping, Mapping):
-        known, sections = {field.name for field in _fields(cls)}, _sections(cls)
+        known, sections = {field.name for field in fields_of(cls)}, sections_of(cls)
         for key, value in mapping.items():
             if key not in known:
-                yield _join(path, key)
+                yield join(path, key)
             elif key in sections:
-                yield from _unknown_keys(sections[key], value, _join(path, key))
+                yield from _unknown_keys(sections[key], value, join(path, key))
 
 
 def _suggestion(key: str, names: list[str]) -> str:
@@ -271,31 +201,14 @@ def _suggestion(key: str, names: list[str]) -> str:
 def _leaves(mapping: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, _join(path, key))
+            yield from _leaves(value, join(path, key))
         else:
-            yield _join(path, key), value
+            yield join(path, key), value
 
 
-def _help(cls: type) -> str:
-    rows = list(_help_rows(cls, "config"))
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join([f"usage: {_USAGE}", "", *(f"  --{name:<{width}}  {kind}, {default}" for name, kind, default in rows)])
-
-
-def _help_rows(cls: type, path: str) -> Iterator[tuple[str, str, str]]:
-    hints, sections = typing.get_type_hints(cls), _sections(cls)
-    for field in _fields(cls):
-        if field.name in sections:
-            yield from _help_rows(sections[field.name], _join(path, field.name))
-        else:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            text = "required" if _is_required(field) else f"default {default!r}"
-            yield _join(path, field.name), _type_name(hints[field.name]), text
-
-
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else re.sub(r"\w+\.(?=\w)", "", str(hint))
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else str(name)
