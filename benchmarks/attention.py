@@ -70,7 +70,7 @@ def build(name, documents, batch, seq_len, num_heads, num_kv_heads, head_dim):
     document = np.arange(seq_len) * documents // seq_len
     start = jnp.broadcast_to(jnp.asarray(np.searchsorted(document, document), jnp.int32), (batch, seq_len))
     end = jnp.broadcast_to(jnp.arange(1, seq_len + 1, dtype=jnp.int32), (batch, seq_len))
-    loss = lambda q, k, v: jnp.square(attention(q, k, v, start, end, name, causal_rows=True)).sum()
+    loss = lambda q, k, v: jnp.square(attention(q, k, v, ((start, end),), name, causal_rows=True)).sum()
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))), arrays
 
 

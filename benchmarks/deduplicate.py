@@ -18,7 +18,7 @@ import numpy as np
 from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import Reduce
 from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
-from herd_jax.curation.staging import document_number
+from herd_jax.curation.parquet import document_number
 
 BANDS, COPIED_BANDS, COPIES, TASK_DOCUMENTS = 14, 10, 0.05, 50_000
 

@@ -32,10 +32,10 @@ from herd_jax.curation.input.extraction import Extraction
 from herd_jax.curation.input.reading import Reader
 from herd_jax.curation.language import Language
 from herd_jax.curation.mix import PlanMix
+from herd_jax.curation.parquet import Load, Number, Store
 from herd_jax.curation.safety.pii import Pii
 from herd_jax.curation.safety.urls import UrlSafety
 from herd_jax.curation.settings import CurationConfig
-from herd_jax.curation.staging import Load, Number, Store
 from herd_jax.curation.streams import Join, MakeTokenizer, NameStream, Tokenize
 
 READ_COLUMNS = {name: "string" for name in ("url", "date", "source", "media_type", "language")} | {"language_score": "float64"}

@@ -7,7 +7,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.classification.categories import MULTILINGUAL
-from herd_jax.curation.staging import rows
+from herd_jax.curation.parquet import rows
 from herd_jax.data.parts import validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
 from herd_jax.files import whole_directory

@@ -19,9 +19,9 @@ import jax
 from herd_jax.errors import UserError
 from herd_jax.files import user_path
 from herd_jax.page.figure import figure_file
-from herd_jax.reliability.timeline import PHASES, Timeline, timelines
+from herd_jax.reliability.timeline import ACTIVITIES, Timeline, timelines
 
-CAUSES = ("productive", "lost work", *(phase for phase in PHASES if phase != "step"), "downtime")
+CAUSES = ("productive", "lost work", *(activity for activity in ACTIVITIES if activity != "step"), "downtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput
         if "start" in line and intervals and line["start"] > intervals[-1].end:
             gap = (intervals[-1].end, line["start"])
             intervals.append(Interval(*gap, line["from"], {"downtime": gap[1] - gap[0]}))
-        seconds = {phase: value for phase, value in line["seconds"].items() if phase != "step"}
+        seconds = {activity: value for activity, value in line["seconds"].items() if activity != "step"}
         stepped, num_steps = line["seconds"].get("step", 0.0), line["to"] - line["from"]
         lost = stepped * min(max(line["to"] - redone_from, 0) / num_steps, 1.0) if num_steps else 0.0
         seconds |= {"productive": stepped - lost, "lost work": lost}

@@ -1,7 +1,7 @@
-"""What a process is doing and has done: a sequence of phases without gaps. The watchdog looks at it; process 0 keeps it in the workdir.
+"""What a process is doing and has done: a sequence of activities without gaps. The watchdog looks at it; process 0 keeps it in the workdir.
 
 `WORKDIR/goodput.jsonl` is only appended to, a line every few seconds: when it was written ("time"), what the seconds since the line
-before went to ("seconds", by phase), and the steps that were done before and after them ("from", "to"). The first line of each start of
+before went to ("seconds", by activity), and the steps that were done before and after them ("from", "to"). The first line of each start of
 the run also has when that was ("start"). `reliability.goodput` adds it up over all starts; one that failed before it had a state left no line.
 """
 
@@ -19,17 +19,17 @@ from herd_jax.errors import UserError
 from herd_jax.reliability.appender import Appender
 from herd_jax.reliability.workdir import TIMELINE, stage_directories
 
-PHASES = ("init", "compile", "step", "input wait", "evaluation", "checkpoint stall", "verification", "hang")
-STEPPING = ("step", "input wait")  # phases that alternate with every step
+ACTIVITIES = ("init", "compile", "step", "input wait", "evaluation", "checkpoint stall", "verification", "hang")
+STEPPING = ("step", "input wait")  # activities that alternate with every step
 NUM_KEPT_SPANS, NUM_KEPT_STEPS = 200, 101
 _SECONDS_BETWEEN_LINES = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A stretch of time in one phase: `start` in seconds since the epoch; `step` is the number of steps done when it began."""
+    """A stretch of time in one activity: `start` in seconds since the epoch; `step` is the number of steps done when it began."""
 
-    phase: str
+    activity: str
     step: int
     start: float
     seconds: float
@@ -41,11 +41,11 @@ def timelines(workdir: Path) -> list[Path]:
 
 
 class Timeline:
-    """Records what a run spends its time on. It is made in the phase "init", which began at `start` (seconds since the epoch): with a start of
+    """Records what a run spends its time on. It is made in the activity "init", which began at `start` (seconds since the epoch): with a start of
     the run, or (begins=False) later."""
 
     def __init__(self, workdir: Path, start: float, begins: bool = True) -> None:
-        self.phase, self.step = "init", 0
+        self.activity, self.step = "init", 0
         self.spans: collections.deque[Span] = collections.deque(maxlen=NUM_KEPT_SPANS)
         self.step_seconds: collections.deque[float] = collections.deque(maxlen=NUM_KEPT_STEPS)
         self.num_moves = 0  # signs of life; the watchdog sees whether there are new ones
@@ -72,18 +72,18 @@ class Timeline:
             except OSError as error:
                 raise UserError(f"cannot write {self._path} ({error.strerror}): mend that and give the same command again") from error
 
-    def enter(self, phase: str, step: int | None = None) -> float:
-        """Ends the phase under way and begins the next; returns the seconds that the ended one took."""
+    def enter(self, activity: str, step: int | None = None) -> float:
+        """Ends the activity under way and begins the next; returns the seconds that the ended one took."""
         seconds = self._end_span()
-        stepping = phase in STEPPING and self.phase in STEPPING
-        self.step, self.phase = self.step if step is None else step, phase
+        stepping = activity in STEPPING and self.activity in STEPPING
+        self.step, self.activity = self.step if step is None else step, activity
         if not stepping or self._start - self._written >= _SECONDS_BETWEEN_LINES:
             self.flush()
         return seconds
 
-    def rename(self, phase: str) -> None:
-        """Notes that what is under way turns out to be another phase."""
-        self.phase = phase
+    def rename(self, activity: str) -> None:
+        """Notes that what is under way turns out to be another activity."""
+        self.activity = activity
 
     def step_done(self, seconds: float | None = None) -> None:
         """Notes that the devices have finished a step, and the seconds it took unless it was compiled in them."""
@@ -97,20 +97,20 @@ class Timeline:
 
     def stepped_seconds(self) -> float:
         """Returns the seconds spent on steps since the timeline was made, also on the one under way."""
-        return self._stepped + (time.time() - self._start if self.phase == "step" else 0.0)
+        return self._stepped + (time.time() - self._start if self.activity == "step" else 0.0)
 
     def flush(self) -> None:
         """Writes a line of what has not been written."""
         with self._lock:
             if self._file is None or not self._seconds:
                 return
-            seconds = {phase: round(seconds, 4) for phase, seconds in self._seconds.items()}
+            seconds = {activity: round(seconds, 4) for activity, seconds in self._seconds.items()}
             self._line |= {"time": self._start, "seconds": seconds, "from": self._first_step, "to": self.step}
             self._file.append((json.dumps(self._line) + "\n").encode())
             self._line, self._seconds, self._first_step, self._written = {}, {}, self.step, self._start
 
     def close(self) -> None:
-        """Ends the phase under way; nothing is recorded after it."""
+        """Ends the activity under way; nothing is recorded after it."""
         self._end_span()
         self.flush()
         if self._file is not None:
@@ -120,9 +120,9 @@ class Timeline:
     def _end_span(self) -> float:
         now = time.time()
         seconds = max(now - self._start, 0.0)
-        self.spans.append(Span(self.phase, self.step, self._start, seconds))
-        self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + seconds
-        self._stepped += seconds if self.phase == "step" else 0.0
+        self.spans.append(Span(self.activity, self.step, self._start, seconds))
+        self._seconds[self.activity] = self._seconds.get(self.activity, 0.0) + seconds
+        self._stepped += seconds if self.activity == "step" else 0.0
         self._start = now
         self.num_moves += 1
         return seconds

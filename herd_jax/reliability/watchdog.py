@@ -72,9 +72,9 @@ class Watchdog:
                 self._seen_file.unlink()
 
     def limit(self) -> float:
-        """Returns the seconds that the phase under way may take."""
+        """Returns the seconds that the activity under way may take."""
         median = self._timeline.median_step()
-        if self._timeline.phase not in STEPPING or median is None:
+        if self._timeline.activity not in STEPPING or median is None:
             return self._config.other_seconds
         return max(self._config.factor * median, self._config.min_seconds)
 
@@ -83,13 +83,13 @@ class Watchdog:
         timeline, now = self._timeline, time.time()
         lines = [
             f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} (pid {os.getpid()}), {_clock(now)}",
-            f"in phase '{timeline.phase}' after step {timeline.step}: {reason}",
+            f"in activity '{timeline.activity}' after step {timeline.step}: {reason}",
             "",
             "processes, the longest unseen first",
             *self._peers(now),
             "",
-            "phases, the newest last: began, seconds, steps done, phase",
-            *(f"  {_clock(span.start)} {span.seconds:>10.3f} {span.step:>9} {span.phase}" for span in list(timeline.spans)),
+            "activities, the newest last: began, seconds, steps done, activity",
+            *(f"  {_clock(span.start)} {span.seconds:>10.3f} {span.step:>9} {span.activity}" for span in list(timeline.spans)),
         ]
         return "\n".join(lines) + "\n"
 
@@ -114,7 +114,7 @@ class Watchdog:
         os._exit(HUNG)
 
     def _at_loss(self, sentence: str) -> None:
-        self._leave_record(sentence, self._timeline.phase)
+        self._leave_record(sentence, self._timeline.activity)
 
     def _leave_record(self, reason: str, spent_on: str) -> None:
         """Leaves a flight record; where the disk, or who reads stderr, hangs too, the process ends without one."""
@@ -139,7 +139,7 @@ class Watchdog:
 
     def _write_seen(self) -> None:
         timeline = self._timeline
-        seen = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "step": timeline.step, "phase": timeline.phase}
+        seen = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "step": timeline.step, "activity": timeline.activity}
         try:
             self._seen_file.parent.mkdir(parents=True, exist_ok=True)
             self._seen_file.write_text(json.dumps(seen))
@@ -158,7 +158,7 @@ class Watchdog:
         seen.sort(key=lambda peer: peer["time"])
         return [
             f"  process {peer['process']} on {peer['host']} (pid {peer['pid']}): {now - peer['time']:.0f} s ago, "
-            f"step {peer['step']}, {peer['phase']}"
+            f"step {peer['step']}, {peer['activity']}"
             for peer in seen
         ]
 

@@ -48,7 +48,7 @@ class Verification:
         """
         if not self._every_steps or step % self._every_steps:
             return compute(state, batch)
-        if self._timeline.phase == "step":  # and not "compile"
+        if self._timeline.activity == "step":  # and not "compile"
             self._timeline.enter("verification")
         first, _ = jax.block_until_ready(compute(self._copy(state), batch))
         self._timeline.enter("step")

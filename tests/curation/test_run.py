@@ -15,9 +15,9 @@ import pytest
 from curation_runs import FRENCH, SETTINGS, configured, prose, results
 
 from herd_jax.config import read_command_line
+from herd_jax.curation.parquet import rows
 from herd_jax.curation.reporting.report import inspect
 from herd_jax.curation.run import curate
-from herd_jax.curation.staging import rows
 from herd_jax.data.rows import load_data_tokenizer, open_streams
 from herd_jax.data.streams import TokenStream
 from herd_jax.errors import UserError

@@ -27,8 +27,8 @@ def clock(monkeypatch):
     return clock
 
 
-def spend(timeline, clock, phase, seconds, step):
-    timeline.enter(phase, step)
+def spend(timeline, clock, activity, seconds, step):
+    timeline.enter(activity, step)
     clock.now += seconds
 
 
@@ -56,7 +56,7 @@ def test_one_start(tmp_path, clock):
     assert goodput.wall_seconds == pytest.approx(clock.now - 1000) and goodput.num_starts == 1
     assert goodput.fraction == pytest.approx(12 / 33.5)
     assert furthest_step(tmp_path) == 9
-    assert len((tmp_path / TIMELINE).read_text().splitlines()) < 15  # not a line a step and phase
+    assert len((tmp_path / TIMELINE).read_text().splitlines()) < 15  # not a line a step and activity
 
 
 def test_a_crash_loses_the_steps_done_again_and_the_time_between(tmp_path, clock):

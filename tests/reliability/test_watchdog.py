@@ -57,8 +57,8 @@ def test_limits(timeline, tmp_path):
     for seconds in (2.0, 2.0, 2.0):
         timeline.step_done(seconds)
     assert watchdog.limit() == pytest.approx(10 * 2.0)
-    for phase in ("compile", "evaluation", "checkpoint stall"):
-        timeline.enter(phase)
+    for activity in ("compile", "evaluation", "checkpoint stall"):
+        timeline.enter(activity)
         assert watchdog.limit() == 100
     timeline.enter("input wait")
     assert watchdog.limit() == pytest.approx(20)
@@ -68,13 +68,13 @@ def test_a_flight_record_names_phases_and_peers(timeline, tmp_path, monkeypatch)
     monkeypatch.setattr("jax.process_count", lambda: 3)
     (tmp_path / "flight" / "seen").mkdir(parents=True)
     for process, age in ((0, 1), (1, 500), (2, 2), (9, 9000)):  # 9 is of an earlier start, of more processes
-        seen = {"host": f"node{process}", "pid": 40 + process, "time": time.time() - age, "step": 3 - process, "phase": "input wait"}
+        seen = {"host": f"node{process}", "pid": 40 + process, "time": time.time() - age, "step": 3 - process, "activity": "input wait"}
         (tmp_path / "flight" / "seen" / f"{process}.json").write_text(json.dumps(seen))
     timeline.enter("input wait", 3)
     timeline.enter("step", 3)
     lines = Watchdog(CONFIG, timeline, tmp_path).record("no progress").splitlines()
     assert lines[0].startswith("process 0 of 3 on ")
-    assert lines[1] == "in phase 'step' after step 3: no progress"
+    assert lines[1] == "in activity 'step' after step 3: no progress"
     peers = [line for line in lines if re.match(r"  process \d+ on node", line)]
     assert [int(line.split()[1]) for line in peers] == [1, 2, 0]  # the longest unseen first
     assert re.fullmatch(r"  process 1 on node1 \(pid 41\): 50\d s ago, step 2, input wait", peers[0])
@@ -89,7 +89,7 @@ def test_a_hang_ends_the_process(tmp_path):
     assert re.fullmatch(r"watchdog: no progress for \d+ s, and the limit is \d+ s; the flight record is .*\n", process.stderr)
     (record,) = (tmp_path / "flight").glob("step-11-process-0-*.txt")
     text = record.read_text()
-    assert "in phase 'step' after step 11: no progress for" in text and "stuck_here" in text
+    assert "in activity 'step' after step 11: no progress for" in text and "stuck_here" in text
     assert text.count(" input wait\n") == 5
     last = json.loads((tmp_path / TIMELINE).read_text().splitlines()[-1])
     assert last["seconds"]["hang"] > 0.5 and last["to"] == 11

@@ -11,7 +11,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.block import Block
 from herd_jax.curation.classification.categories import topic_rates
-from herd_jax.curation.staging import rows
+from herd_jax.curation.parquet import rows
 from herd_jax.files import write_whole
 
 

@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import is_first
-from herd_jax.curation.staging import num_documents
+from herd_jax.curation.parquet import num_documents
 from herd_jax.files import whole_file
 
 LINE = np.dtype([exchange.KEY, ("bucket", "<u8")])

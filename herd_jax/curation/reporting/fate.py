@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from herd_jax.curation.parquet import writable
 from herd_jax.curation.reporting.data import document_at, dropped_files, read_phases, read_settings, read_steps
-from herd_jax.curation.staging import writable
 from herd_jax.errors import UserError
 
 COLUMNS = ("url", "date", "source", "media_type", "language", "language_score", "category", "topic", "quality")

@@ -21,7 +21,7 @@ from herd_jax.curation.deduplication.duplicates import (
 from herd_jax.curation.deduplication.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
 from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
 from herd_jax.curation.deduplication.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
-from herd_jax.curation.staging import Load, Store, document_number
+from herd_jax.curation.parquet import Load, Store, document_number
 from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 

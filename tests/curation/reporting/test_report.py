@@ -17,10 +17,10 @@ from herd_jax.curation.block import Block, DropLog
 from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import DUPLICATE, Duplicates
 from herd_jax.curation.execution import LocalExecutor, Phase
+from herd_jax.curation.parquet import Load, Store, document_number
 from herd_jax.curation.reporting.data import SAMPLES, collect
 from herd_jax.curation.reporting.formats import printable, short
 from herd_jax.curation.reporting.report import inspect
-from herd_jax.curation.staging import Load, Store, document_number
 from herd_jax.data.streams import StreamWriter
 from herd_jax.errors import UserError
 from herd_jax.page.markup import element
