@@ -14,7 +14,7 @@ Node = int | tuple[int, int, "Node", "Node"]
 
 
 class Mixture:
-    """Row i, for any i >= 0, as a source and a row of that source; each source's rows are taken in order, none twice, none left out.
+    """Gives row i, for any i >= 0, as a source and a row of that source; each source's rows are taken in order, none twice, none left out.
 
     `phases` are (first row, a weight for each source), from row 0 on; a source of weight 0 rests and later goes on where it was. Within a phase
     the rows of a source differ from their exact share by less than 1 for up to three sources (and for the paper's four), by less than 1.7

@@ -7,7 +7,7 @@ from herd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """From `from_tokens` tokens of training on: sequences a step, tokens a sequence, micro-batches a step."""
+    """A phase, which begins when `from_tokens` tokens are trained on: sequences a step, tokens a sequence, micro-batches a step."""
 
     from_tokens: int
     global_batch_size: int

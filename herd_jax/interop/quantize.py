@@ -23,7 +23,7 @@ def quantize(source: str, target: str, to: str = "herd") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedSource(Source):
-    """`plain`, quantized. Memory holds one matrix at a time."""
+    """The model `plain`, quantized as it is read. Memory holds one matrix at a time."""
 
     plain: Source
 

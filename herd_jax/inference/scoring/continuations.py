@@ -39,13 +39,13 @@ KEYS = PartitionSpec("pp", FSDP_AXES, None, "tp")  # of [PP x slots, R, S, K, H]
 
 
 class PackedContexts(NamedTuple):
-    """Rows of N tokens [R, N], and per row which of their hidden states predict which targets [R, M]: the first `num_targets`."""
+    """Rows of N tokens [R, N], and for each row which of its hidden states predict which targets [R, M], of which `num_targets` are valid."""
 
     tokens: jax.Array
     positions: jax.Array
-    context_start: jax.Array  # a token sees the keys start .. end - 1 of its row, of its context
+    context_start: jax.Array  # a token sees the keys start .. end - 1 of its row in two ranges: of its context,
     context_end: jax.Array
-    own_start: jax.Array  # and of its continuation
+    own_start: jax.Array  # and of its own continuation
     own_end: jax.Array
     target_index: jax.Array
     targets: jax.Array

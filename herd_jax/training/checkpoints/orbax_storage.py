@@ -44,7 +44,7 @@ class Unreadable(Exception):
 
 
 def make_manager(directory: Path, private: bool, policy: "NewestAndBest", when_written: Callable[[], None]) -> ocp.CheckpointManager:
-    """Orbax's manager of a directory that all processes share, or of one that is `private` to this process.
+    """Returns Orbax's manager of a directory that all processes share, or of one that is `private` to this process.
 
     `when_written` is called in the background when a save is complete (on process 0, or where it is private).
     """

@@ -1,6 +1,6 @@
 """A run as a list of stages (section 3.4.2 of the paper): each is a run of its own, in WORKDIR/stages/NUMBER-LENGTH, that begins with the
-whole state of the one before, at step 0 of its own schedule and on a mesh of its own. Between two stages a gate decides
-whether the next one begins.
+whole state of the one before, at step 0 of its own schedule and on a mesh of its own. Between two stages a gate decides whether the next
+one begins.
 """
 
 import contextlib
