@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
 
 
 def commands(directory: Path) -> dict[str, str]:
-    """Name -> what it does, of each module in `directory` with a function `main`: the first line of its docstring.
+    """Returns name -> what it does, for each module in `directory` with a function `main`: the first line of its docstring.
     Nothing is imported."""
     found = {}
     for path in sorted(directory.glob("[!_]*.py")):

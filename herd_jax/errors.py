@@ -14,11 +14,11 @@ MISCOMPUTED = 78  # a device computes wrongly: not to be started again before so
 class UserError(ValueError):
     """Something the user can mend; its text is one sentence that names the cause and the remedy."""
 
-    status = USER_ERROR  # with which the program exits
+    status = USER_ERROR  # the exit status of the program
 
 
 class Miscomputed(UserError):
-    """A device has given another result than it, or its like, gave before."""
+    """A device has given another result than it gave before, or than another device gave for the same work."""
 
     status = MISCOMPUTED
 
@@ -30,11 +30,11 @@ class FailedAlone(UserError):
 
 
 class StartAgain(Exception):
-    """The run has ended where the same command goes on: the scheduler wants the machine back, say; its text is one sentence."""
+    """The run has ended where the same command goes on, such as when the scheduler wants the machine back; its text is one sentence."""
 
 
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1 but of its subclasses),
+    """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1, unless its class has another),
     StartAgain one line and 75; all else keeps its traceback."""
 
     @functools.wraps(main)

@@ -53,7 +53,7 @@ def whole_file(
 
 
 def write_whole(path: Path, text: str, *, sync: bool = False) -> Path:
-    """Writes a whole file in UTF-8 (of half an emoji, "?"). Raises UserError where it cannot be written."""
+    """Writes a whole file in UTF-8 (half an emoji becomes "?"). Raises UserError where it cannot be written."""
     try:
         with whole_file(path, "w", encoding="utf-8", errors="replace", sync=sync) as file:
             file.write(text)

@@ -55,7 +55,7 @@ def request_cpu_devices(config: MeshConfig, num_processes: int = 1) -> None:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (those of all processes by default), with axes ("tp", "cp", "pp", "dp") in the paper's rank order.
+    """Returns the mesh over `devices` (those of all processes by default), with axes ("tp", "cp", "pp", "dp") in the paper's rank order.
 
     Raises UserError if the axes do not use every device exactly once, or if tp leaves a host without `allow_tp_across_hosts`.
     """
@@ -64,8 +64,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def arrange(config: MeshConfig, devices: list[jax.Device]) -> np.ndarray:
-    """The devices as [tp, cp, pp, dp]. Those of a process are neighbours: tp, which sends most, stays on a host, and dp, which can wait
-    longest, spans them. A process counts as a host. Raises UserError as `make_mesh`."""
+    """Returns the devices as [tp, cp, pp, dp]. Those of a process are neighbours: tp, which sends most, stays on a host, and dp, which can
+    wait longest, spans them. A process counts as a host. Raises UserError as `make_mesh` does."""
     inner = config.tp * config.cp * config.pp
     dp = config.dp or len(devices) // inner
     if inner * dp != len(devices) or dp == 0:
@@ -86,12 +86,12 @@ def arrange(config: MeshConfig, devices: list[jax.Device]) -> np.ndarray:
 
 
 def on_mesh(function, mesh: Mesh, in_specs, out_specs, compute_dtype, **options):
-    """`function`, which says what one device does, jitted over the whole mesh with every axis manual; `options` go to `jax.jit`."""
+    """Returns `function`, which says what one device does, jitted over the whole mesh with every axis manual; `options` go to `jax.jit`."""
     if compute_dtype == jnp.float32:  # not TF32, where a GPU would take it
         function = jax.default_matmul_precision("highest")(function)
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), **options)
 
 
 def fsdp_size(mesh: Mesh) -> int:
-    """Over how many devices each weight is sharded by FSDP."""
+    """Returns over how many devices FSDP shards each weight."""
     return math.prod(mesh.shape[axis] for axis in FSDP_AXES)

@@ -32,16 +32,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class TextLoss(NamedTuple):
-    """Of one text: its tokens after the first, each predicted from those before it. The first is the begin token where the model has one."""
+    """The loss of one text: of its tokens after the first, each predicted from those before it. The first is the begin token where the model
+    has one."""
 
     nats_per_token: float
     bits_per_byte: float
 
 
 def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
-    """The model at `path`: a Hugging Face, Meta or herd directory, a GGUF file, or the workdir of a training run.
+    """Loads the model at `path`: a Hugging Face, Meta or herd directory, a GGUF file, or the workdir of a training run.
 
-    `mesh`: one device where there is none. `dtype` of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
+    Without `mesh`, it uses one device. `dtype` is that of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
     accelerators and float32 on CPU. An FP8 feed-forward stays FP8. Raises UserError for what cannot be read or laid out.
     """
     _check(dtype)
@@ -49,10 +50,10 @@ def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | N
 
 
 def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
-    """As `load`, of what is open."""
+    """Does what `load` does, with a model that is open already."""
     _check(dtype)
     if isinstance(mesh, MeshConfig):
-        with contextlib.suppress(RuntimeError):  # jax has started, on devices that the mesh then fits or is refused for
+        with contextlib.suppress(RuntimeError):  # jax has started: make_mesh says whether the mesh fits its devices
             request_cpu_devices(mesh)
     if not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh) if mesh else make_mesh(MeshConfig(dp=1), jax.devices()[:1])
@@ -85,7 +86,7 @@ class Model:
         return self.llama.config
 
     def logits(self, token_ids) -> np.ndarray:
-        """FP32 [B, S, V] of int [B, S]: after each token, the logits of the next."""
+        """Returns, for ids int [B, S], the logits of the next token after each, FP32 [B, S, V]."""
         ids = np.asarray(token_ids)
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"token_ids is {ids.dtype} of shape {ids.shape}: give integers of shape [batch, sequence], at least one")
@@ -95,14 +96,14 @@ class Model:
         return self._scorer.logits(self.params, ids)
 
     def loss(self, texts: Sequence[str]) -> list[TextLoss]:
-        """Of each text; those of similar length are computed together."""
+        """Returns the loss of each text; those of similar length are computed together."""
         rows = [self._text_ids(text) for text in _several(texts, "texts")]
         sums = self._scorer.loss(self.params, rows).tolist()
         per_text = zip(sums, rows, texts, strict=True)
         return [TextLoss(nats / (len(row) - 1), nats / math.log(2) / len(text.encode())) for nats, row, text in per_text]
 
     def continues_with(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
-        """bool [prompts]: whether greedy decoding of each prompt's ids begins with the ids of its answer. Known from one forward of both."""
+        """Returns bool [prompts]: whether greedy decoding of each prompt's ids begins with the ids of its answer, from one forward of both."""
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         self._check_length(max(map(len, rows)), "the prompt with its answer is")
         return self._scorer.misses(self.params, rows, [len(prompt) for prompt in prompts]) == 0
@@ -111,29 +112,29 @@ class Model:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
-        """As `generate`, of token ids as they stand."""
+        """Does what `generate` does, with prompts that are token ids."""
         return ["".join(parts) for parts in zip(*self._stream(prompts, max_new_tokens, temperature, top_p, seed, stop))] if prompts else []
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
-        """What follows each prompt, up to a stop token of the tokenizer or one of the `stop` strings, both left out. Temperature 0 takes the
-        likeliest token."""
+        """Returns what follows each prompt, up to a stop token of the tokenizer or one of the `stop` strings, both left out. Temperature 0
+        takes the likeliest token."""
         rows = [self._prompt_ids(prompt) for prompt in _several(prompts, "prompts")]
         return ["".join(parts) for parts in zip(*self._stream(rows, max_new_tokens, temperature, top_p, seed, stop))] if rows else []
 
     def stream(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
-        """As `generate`, of one prompt, in pieces as they come."""
+        """Yields what `generate` returns, for one prompt, in pieces as they come."""
         return (text for (text,) in self._stream([self._prompt_ids(prompt)], max_new_tokens, temperature, top_p, seed, stop))
 
     def stream_chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
-        """The assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come."""
+        """Yields the assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come."""
         ids = chat.render(messages, self.text_tokenizer(), add_assistant_header=True).ids
         return (text for (text,) in self._stream([list(ids)], max_new_tokens, temperature, top_p, seed, stop))
 
     def chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> str:
-        """The assistant's answer to a dialog of dicts with "role" and "content"."""
+        """Returns the assistant's answer to a dialog of dicts with "role" and "content"."""
         return "".join(self.stream_chat(messages, max_new_tokens, temperature, top_p, seed, stop))
 
     def save(self, directory: str | Path, format: str = "herd") -> None:
@@ -157,7 +158,7 @@ class Model:
         return self._decoder.prepare(self.params)
 
     def text_tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises UserError where there is none."""
+        """Returns the tokenizer; raises UserError where there is none."""
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer beside it, so it takes token ids only: put the tokenizer's files into its directory")
         return self.tokenizer
@@ -181,7 +182,7 @@ class Model:
             raise UserError(f"{what} {num_tokens} tokens long: the model's context holds {self.context_length}; shorten it")
 
     def _stream(self, rows: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int, stop) -> Iterator[list[str]]:
-        """The new text of each row, token by token; "" for a row that has ended."""
+        """Yields the new text of each row, token by token; "" for a row that has ended."""
         if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
             raise UserError(f"max_new_tokens {max_new_tokens} must be 1 or more, temperature {temperature} 0 or more, top_p {top_p} in (0, 1]")
         self._check_length(max(map(len, rows)), "the prompt is")
@@ -194,7 +195,7 @@ class Model:
         yield [of_row.flush() for of_row in stops]
 
     def _steps(self, rows: list[list[int]], num_steps: int, temperature: float, top_p: float, seed: int) -> Iterator[np.ndarray]:
-        """New ids [B], step by step. The next step is under way when one is given, so that the device does not wait for the reader."""
+        """Yields new ids [B], step by step. The next step is under way when one is given, so that the device does not wait for the reader."""
         size, batch = bucket(max(map(len, rows))), bucket(len(rows), least=1)
         ids, padding = np.zeros((batch, size), np.int32), np.full(batch, size - 1, np.int32)
         for i, row in enumerate(rows):
@@ -209,7 +210,7 @@ class Model:
 
 
 def _several(texts, name: str) -> list[str]:
-    """Refuses one string where a sequence of them is meant: its letters would pass for texts."""
+    """Returns the texts. Raises UserError for one string where a sequence of them is meant: its letters would pass for texts."""
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name} must be a list of strings: put a single one into a list")
     return list(texts)

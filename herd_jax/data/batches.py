@@ -1,4 +1,4 @@
-"""Rows -> the batch of a step on the mesh. A batch depends on (seed, step) alone: there is no cursor to save, and any number of processes
+"""The batch of a step on the mesh, made of rows. A batch depends on (seed, step) alone: there is no cursor to save, and any number of processes
 reads the same tokens, each only the rows of its own devices.
 """
 
@@ -16,8 +16,8 @@ from herd_jax.data.streams import TokenStream
 from herd_jax.parallel.context import zigzag_order
 
 NUM_THREADS, NUM_PREFETCHED = 2, 4
-TOKENS = PartitionSpec(None, "dp", "cp")  # of a field with a value a token: [num_micro_batches, B of all dp ranks, S], in zigzag order
-ROWS = PartitionSpec(None, "dp")  # of a field with a value a row: [num_micro_batches, B of all dp ranks]
+TOKENS = PartitionSpec(None, "dp", "cp")  # of a field with a value for each token: [num_micro_batches, B of all dp ranks, S], in zigzag order
+ROWS = PartitionSpec(None, "dp")  # of a field with a value for each row: [num_micro_batches, B of all dp ranks]
 
 
 class TrainingBatches:
@@ -36,20 +36,20 @@ class TrainingBatches:
         return read_batch(self.rows[phase.seq_len], self.ramp.first_row(step), phase, self.sharding)
 
     def iterate(self, first_step: int) -> Iterator["HostBatch"]:
-        """Batches from `first_step` on, read ahead by Grain's threads."""
+        """Returns the batches from `first_step` on, read ahead by Grain's threads."""
         options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=NUM_PREFETCHED)
         return iter(grain.MapDataset.source(self)[first_step:].to_iter_dataset(options))
 
 
 def mixture(config: DataConfig, ramp: Ramp, seq_len: int) -> Mixture:
-    """The mixture of the rows of one length: a phase of `config.phases` begins with the first row of its first step."""
+    """Returns the mixture of the rows of one length: a phase of `config.phases` begins with the first row of its first step."""
     steps = [0, *(ramp.step_at(phase.from_tokens) for phase in config.phases)]
     weights = [[sources.get(path, 0.0) for path in config.paths] for sources in config.mixtures]
     return Mixture([(ramp.rows_before(step, seq_len), of_phase) for step, of_phase in zip(steps, weights, strict=True)])
 
 
 def validation_batches(rows: Sequence, phase: Phase, sharding: NamedSharding) -> Iterator["HostBatch"]:
-    """All rows, in batches of the size of a training batch; the last is filled up with masked rows."""
+    """Returns all rows in batches of the size of a training batch; the last is filled up with masked rows."""
     return (read_batch(_Padded(rows), first, phase, sharding) for first in range(0, len(rows), phase.global_batch_size))
 
 
@@ -60,7 +60,7 @@ class HostBatch:
         self.shape, self.blocks = shape, blocks  # first row -> field -> [M, rows of the block, S], or without S
 
     def to_devices(self, sharding: NamedSharding) -> dict[str, jax.Array]:
-        """Arrays [M, B of all dp ranks, S], or [M, B of all dp ranks] of what a row has one of, on the mesh of `sharding`."""
+        """Returns arrays [M, B of all dp ranks, S], or [M, B of all dp ranks] for a field with one value for each row, on the mesh of `sharding`."""
 
         def make(field, dims):
             def part(index):
@@ -73,7 +73,7 @@ class HostBatch:
 
 
 def read_batch(rows, first_row: int, phase: Phase, sharding: NamedSharding) -> HostBatch:
-    """Micro-batch m of a batch is rows first_row + m * B ... of `rows`, whatever the mesh."""
+    """Reads the batch that begins at `first_row`: its micro-batch m is rows first_row + m * B ... of `rows`, whatever the mesh."""
     num_micro_batches, seq_len = phase.num_micro_batches, phase.seq_len
     batch = phase.global_batch_size // num_micro_batches
     shape = (num_micro_batches, batch, seq_len)
@@ -89,7 +89,7 @@ def read_batch(rows, first_row: int, phase: Phase, sharding: NamedSharding) -> H
 
 
 class _Padded:
-    """Rows, and after the last of them masked ones."""
+    """Rows, followed by masked ones."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -101,5 +101,5 @@ class _Padded:
 
 
 def _seed(seed: int, seq_len: int) -> int:
-    """Sequence lengths are shuffled apart, so that a later phase does not begin with the rows of an earlier one."""
+    """Returns another seed for each sequence length, so that a later phase does not begin with the rows of an earlier one."""
     return int(np.random.SeedSequence([seed, seq_len]).generate_state(1)[0])

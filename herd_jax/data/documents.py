@@ -1,7 +1,4 @@
-"""Source files as documents: `.jsonl` (also `.gz`, `.zst`) and `.parquet` hold many, any other text file is one.
-
-What becomes of the documents is not here.
-"""
+"""Source files as documents: `.jsonl` (also `.gz`, `.zst`) and `.parquet` hold many, any other text file is one."""
 
 import dataclasses
 import glob
@@ -21,7 +18,7 @@ from herd_jax.errors import UserError
 from herd_jax.files import user_path
 
 UNIT_BYTES = (2**20, 2**26)  # least and most source bytes in a unit of work
-NUM_UNITS = 512  # aimed at between those limits
+NUM_UNITS = 512  # the number of units to make, as far as those limits allow
 BATCH_BYTES = 2**24  # of the rows of a `.parquet` that are in memory at once, if all are as long as their mean
 TOO_LONG = "documents that are too long"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # such as a cut emoji, which JSON escapes can spell but UTF-8 cannot
@@ -38,7 +35,7 @@ class Piece:
 
 
 def find_files(sources: Sequence[str], leave_out: Path) -> list[Path]:
-    """The files that globs, files and directories (everything below) name: sorted, each once, not hidden, not under `leave_out`.
+    """Returns the files that globs, files and directories (everything below) name: sorted, each once, not hidden, not under `leave_out`.
 
     Raises UserError where a source names no file.
     """
@@ -75,7 +72,7 @@ def work_units(files: Sequence[Path]) -> list[list[Piece]]:
 
 
 def read_documents(piece: Piece, text_field: str, skipped: Counter[str]) -> Iterator[str]:
-    """The texts of a piece that are not blank; what had to be left out is counted in `skipped` under its reason."""
+    """Yields the texts of a piece that are not blank; what had to be left out is counted in `skipped` under its reason."""
     if holds_rows(piece.path):
         texts = (row[text_field] for _, row in read_rows(piece, text_field, (), skipped))
     else:
@@ -88,17 +85,17 @@ def read_documents(piece: Piece, text_field: str, skipped: Counter[str]) -> Iter
 
 
 def holds_rows(file: Path) -> bool:
-    """Whether it is of a format that holds many documents, as rows with fields."""
+    """Returns whether a file is of a format that holds many documents, as rows with fields."""
     return _kind(file) != "text"
 
 
 def read_rows(
     piece: Piece, text_field: str, other_fields: Sequence[str], skipped: Counter[str], max_bytes: int | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(position in the file, fields) of the rows of a piece that have a text; what had to be left out is counted in `skipped`.
+    """Yields (position in the file, fields) of the rows of a piece that have a text; what had to be left out is counted in `skipped`.
 
     The position is the first byte of a line (of the decompressed file), or the number of a row. Of a `.parquet` only `text_field` and what
-    it has of `other_fields` is read. Rows of more than `max_bytes` are left out; lines among them are never in memory as a whole.
+    it has of `other_fields` are read. Rows of more than `max_bytes` are left out; lines among them are never in memory as a whole.
     """
     try:
         if _kind(piece.path) == "parquet":

@@ -1,7 +1,7 @@
 """Which source each row of training comes from: exact shares, any row found at once, and mixtures that change as the run goes on.
 
 Two sources take turns by rounding: of the first n rows, the one with share p has n p, rounded. More sources are split two by two in a
-tree. Nothing is stored but the tree, so that no rounding of the shares is needed to keep a table short. Reading rows is in `rows.py`.
+tree. Only the tree is stored and no table of turns, so shares are never rounded to keep a table short. Reading rows is in `rows.py`.
 """
 
 import heapq
@@ -9,14 +9,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 
-# A source's index, or (share of the first branch's rows in the node's as numerator, denominator; first branch, second branch).
+# A source's index, or (numerator and denominator of the first branch's share of the node's rows, first branch, second branch).
 Node = int | tuple[int, int, "Node", "Node"]
 
 
 class Mixture:
-    """Row i, for any i >= 0, as a source and a row of that source; each source's rows are taken in order, none twice, none left out.
+    """Gives row i, for any i >= 0, as a source and a row of that source; each source's rows are taken in order, none twice, none left out.
 
-    `phases` are (first row, one weight a source), from row 0 on; a source of weight 0 rests and later goes on where it was. Within a phase
+    `phases` are (first row, a weight for each source), from row 0 on; a source of weight 0 rests and later goes on where it was. Within a phase
     the rows of a source differ from their exact share by less than 1 for up to three sources (and for the paper's four), by less than 1.7
     for any number: half the sum of 1, 1/1, 1/2, 1/3, 1/5, ... over the nodes above a source, since each outweighs the two before it.
     """
@@ -33,7 +33,7 @@ class Mixture:
             self._taken.append(taken)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(source, row of the source)."""
+        """Returns (source, row of the source)."""
         phase = bisect_right(self._firsts, row) - 1
         node, row = self._trees[phase], row - self._firsts[phase]
         while not isinstance(node, int):
@@ -45,8 +45,8 @@ class Mixture:
 
 
 def _tree(weights: Sequence[float]) -> Node:
-    """Huffman's tree: the two lightest join first, so that no source stands so deep that roundings add up."""
-    # A weight counts as it is written (0.1 is a tenth); of equal ones the earlier source is the first branch.
+    """Returns Huffman's tree: the two lightest join first, so that no source stands so deep that roundings add up."""
+    # A weight counts as it is written (0.1 is a tenth); of two equal ones, the earlier source is the first branch.
     heap = [(Fraction(str(weight)), -source, source) for source, weight in enumerate(weights) if weight > 0]
     heapq.heapify(heap)
     while len(heap) > 1:
@@ -62,7 +62,7 @@ def _rows_of_first_branch(node: Node, num_rows: int) -> int:
 
 
 def _counts(node: Node, num_rows: int) -> list[tuple[int, int]]:
-    """(source, its rows among the first `num_rows`) of each source below the node."""
+    """Returns (source, its rows among the first `num_rows`) of each source below the node."""
     if isinstance(node, int):
         return [(node, num_rows)]
     first = _rows_of_first_branch(node, num_rows)

@@ -1,4 +1,4 @@
-"""Parts: documents tokenized by one process, on their way into a stream, and the joining of parts to a training and a validation stream.
+"""Parts: documents tokenized by one process, before they become a stream, and the joining of parts to a training and a validation stream.
 
 A part is two files: `NAME.documents`, a DOCUMENT for each, and `NAME.tokens`, their ids one after another.
 """
@@ -28,7 +28,7 @@ def write_part(tokenizer: Tokenizer, texts: Iterable[str], part: Path) -> None:
 
 
 def validation_rule(parts: Sequence[Path], fraction: float) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from hashes of documents to whether they are held out; both splits get some where two documents differ."""
+    """Returns a function from hashes of documents to whether they are held out; both splits get some where two documents differ."""
     limit = np.uint64(int(fraction * 2**64))
     documents = np.concatenate([np.fromfile(part, DOCUMENT) for part in parts])
     held_out = documents["hash"] < limit

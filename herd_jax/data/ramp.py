@@ -7,7 +7,7 @@ from herd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """From `from_tokens` tokens of training on: sequences a step, tokens a sequence, micro-batches a step."""
+    """A phase, which begins when `from_tokens` tokens are trained on: sequences a step, tokens a sequence, micro-batches a step."""
 
     from_tokens: int
     global_batch_size: int
@@ -41,7 +41,7 @@ class Ramp:
             raise UserError(f"train.phases start from {starts} tokens: the first must start from 0 and each later one from more than the one before")
 
     def first_steps(self) -> list[int]:
-        """The step at which each phase begins."""
+        """Returns the step at which each phase begins."""
         steps, tokens = [0], 0
         for before, phase in zip(self.phases, self.phases[1:]):
             num_steps = -(-(phase.from_tokens - tokens) // before.tokens_per_step)
@@ -50,15 +50,15 @@ class Ramp:
         return steps
 
     def phase_at(self, step: int) -> Phase:
-        """The phase of step `step`, counted from 0."""
+        """Returns the phase of step `step`, counted from 0."""
         return [phase for phase, first in zip(self.phases, self.first_steps()) if first <= step][-1]
 
     def tokens_before(self, step: int) -> int:
-        """Tokens trained on when `step` steps are done."""
+        """Returns the number of tokens trained on when `step` steps are done."""
         return sum(num_steps * phase.tokens_per_step for phase, num_steps in self._spans(step))
 
     def step_at(self, tokens: int) -> int:
-        """The first step before which at least `tokens` have been trained on; also the number of steps that it takes to train on them."""
+        """Returns the first step before which at least `tokens` have been trained on; also the number of steps that it takes to train on them."""
         firsts = self.first_steps()
         for phase, first, end in zip(self.phases, firsts, [*firsts[1:], None]):
             step = first + max(0, -(-(tokens - self.tokens_before(first)) // phase.tokens_per_step))
@@ -67,15 +67,15 @@ class Ramp:
         raise AssertionError("the last phase has no end")
 
     def first_row(self, step: int) -> int:
-        """Index of the first row of step `step` among the rows of its sequence length."""
+        """Returns the index of the first row of step `step` among the rows of its sequence length."""
         return self.rows_before(step, self.phase_at(step).seq_len)
 
     def rows_before(self, step: int, seq_len: int) -> int:
-        """Rows of `seq_len` tokens among those of the first `step` steps."""
+        """Returns the number of rows of `seq_len` tokens among those of the first `step` steps."""
         return sum(num_steps * phase.global_batch_size for phase, num_steps in self._spans(step) if phase.seq_len == seq_len)
 
     def _spans(self, step: int) -> list[tuple[Phase, int]]:
-        """Each phase with the number of its steps among the first `step`."""
+        """Returns each phase with the number of its steps among the first `step`."""
         firsts = self.first_steps()
         ends = [*firsts[1:], step]
         return [(phase, max(0, min(step, end) - first)) for phase, first, end in zip(self.phases, firsts, ends)]

@@ -1,6 +1,6 @@
 """Rows of training and validation: token streams cut to a sequence length, packed with segment ids, shuffled by Grain and mixed.
 
-Whose turn it is lives in `mixture.py`; assembling rows into global batches is not here either.
+Which source has its turn is decided in `mixture.py`; rows become global batches in `batches.py`.
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ class DataConfig:
 
     @property
     def paths(self) -> list[str]:
-        """Every source of the run, in the order in which they first appear."""
+        """Returns every source of the run, in the order in which they first appear."""
         return list(dict.fromkeys(path for sources in self.mixtures for path in sources))
 
 
 def open_streams(config: DataConfig, split: Literal["train", "validation"]) -> list[TokenStream]:
-    """The streams of one split, in the order of `config.paths`.
+    """Opens the streams of one split, in the order of `config.paths`.
 
     Raises UserError for no sources, a missing, damaged or empty one, a weight that is not positive and finite, sources of different
     tokenizers, or phases that do not follow one another.
@@ -78,7 +78,7 @@ def _check_weights(sources: dict[str, float], key: str) -> None:
 
 
 def load_data_tokenizer(config: DataConfig, streams: Sequence[TokenStream]) -> Tokenizer:
-    """The tokenizer of `config`; raises UserError where it is not the one that made the streams."""
+    """Returns the tokenizer of `config`; raises UserError where it is not the one that made the streams."""
     path = config.tokenizer or streams[0].tokenizer_path
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != streams[0].tokenizer_fingerprint:
@@ -99,7 +99,7 @@ def check_vocabulary(streams: Sequence[TokenStream], model_vocab_size: int) -> N
 class TrainingRows:
     """Rows without end; row i, for any i >= 0, depends on the streams, the mixture, `seq_len`, `seed` and i alone.
 
-    Each source is shuffled anew in each of its epochs and shows every row once an epoch, whatever the mixture does meanwhile. A row is a
+    Each source is shuffled anew in each of its epochs and gives every row once an epoch, also where the mixture changes. A row is a
     dict of arrays [S], see `StreamRows`. Raises UserError where `seq_len` is longer than a stream.
     """
 
@@ -126,11 +126,11 @@ class TrainingRows:
 def validation_rows(
     streams: Sequence[TokenStream], seq_len: int, num_rows: int, document_mask: bool = True
 ) -> list[grain.MapDataset]:
-    """Of each stream, the same rows always, spaced evenly in it: together `num_rows`, in equal shares, or all where there are fewer."""
+    """Returns rows of each stream, always the same ones, spaced evenly in it: together `num_rows`, in equal shares, or all where there are fewer."""
     sources = [StreamRows(stream, seq_len, document_mask) for stream in streams]
     shares, left = [0] * len(sources), num_rows
     for i, source in enumerate(sorted(range(len(sources)), key=lambda source: len(sources[source]))):
-        shares[source] = min(len(sources[source]), left // (len(sources) - i))  # what a short stream cannot give, the longer ones after it do
+        shares[source] = min(len(sources[source]), left // (len(sources) - i))  # the longer ones after it give what a short stream cannot
         left -= shares[source]
     return [
         grain.MapDataset.source([k * len(rows) // share for k in range(share)]).map(rows.__getitem__)

@@ -50,7 +50,7 @@ class TokenStream:
         return TokenStream, (self.path,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `[start, stop)` of the stream, as a fresh int32 array."""
+        """Returns tokens `[start, stop)` of the stream, as a fresh int32 array."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         out = np.empty(stop - start, np.int32)
         for shard, first, last in self._shards_of(start, stop):
@@ -59,7 +59,7 @@ class TokenStream:
         return out
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
-        """Ascending int64 offsets `e`, `start < e <= stop`, at which a document ends (and the next, if any, begins)."""
+        """Returns the ascending int64 offsets `e`, `start < e <= stop`, at which a document ends (and the next, if any, begins)."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         found = [np.empty(0, np.int64)]
         for shard, first, last in self._shards_of(start, stop):
@@ -69,7 +69,7 @@ class TokenStream:
         return np.concatenate(found)
 
     def _shards_of(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The shards that `[start, stop)` touches, each with its part of the range."""
+        """Returns the shards that `[start, stop)` touches, each with its part of the range."""
         if start == stop:
             return []
         first_shard = np.searchsorted(self._starts, start, side="right") - 1
@@ -152,7 +152,7 @@ class StreamWriter:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type of the format that holds every id below `vocab_size`."""
+    """Returns the smallest type of the format that holds every id below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 

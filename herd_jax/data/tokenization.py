@@ -1,6 +1,6 @@
-"""Documents -> token streams: tokenizes source files in parallel, holds out a validation split, writes both and their tokenizer.
+"""Tokenizes source files in parallel into token streams, holds out a validation split, and writes both and their tokenizer.
 
-Source formats are `documents.py`, the format on disk is `streams.py`.
+Source formats are in `documents.py`, the format on disk in `streams.py`.
 """
 
 import contextlib
@@ -70,8 +70,8 @@ def tokenize_files(
 
     `sources` are files, directories or globs. `tokenizer` is a name or path for `load_tokenizer`, or the size of a SentencePiece
     vocabulary to train on the sources. Each document is stored as begin token, ids, end token. A document is held out by the hash
-    of its text, so copies stay together; fewer documents than 1 / `validation_fraction` hold out the one whose size comes nearest
-    to that fraction, and a lone document is cut in two at a line end. The bytes written do not depend on `processes` (default:
+    of its text, so copies stay together; of fewer documents than 1 / `validation_fraction`, the one whose size comes nearest to
+    that fraction is held out, and a lone document is cut in two at a line end. The bytes written do not depend on `processes` (default:
     all CPUs). Raises UserError for sources without text, a target that exists (unless `overwrite`), and what cannot be written.
     """
     started = time.monotonic()
@@ -129,7 +129,7 @@ def _make_tokenizer(tokenizer: str | int, units: Sequence[list[Piece]], text_fie
 
 
 def _sample_texts(units: Sequence[list[Piece]], text_field: str) -> Iterator[str]:
-    """The beginnings of units chosen at random, about as much text from each."""
+    """Yields the beginnings of units chosen at random, about as much text from each."""
     chosen = random.Random(0).sample(units, min(len(units), SAMPLE_UNITS))
     for unit in chosen:
         left = SAMPLE_BYTES // len(chosen)
@@ -183,21 +183,21 @@ def _tokenize_in_worker(unit: list[Piece], part: Path, text_field: str) -> tuple
 
 
 def _tokenize_unit(tokenizer: Tokenizer, unit: list[Piece], part: Path, text_field: str) -> tuple[Counter[str], int]:
-    """Writes the unit's part; returns what was skipped and the source bytes dealt with."""
+    """Writes the unit's part; returns what was skipped and how many source bytes are done."""
     skipped: Counter[str] = Counter()
     write_part(tokenizer, (text for piece in unit for text in read_documents(piece, text_field, skipped)), part)
     return skipped, sum(piece.num_bytes for piece in unit)
 
 
 def _used_up(parts: Sequence[Path]) -> Iterator[Path]:
-    """The parts; the tokens of each are removed once it is done with."""
+    """Yields the parts; removes the tokens of each once it is used."""
     for part in parts:
         yield part
         part.with_suffix(".tokens").unlink()
 
 
 def _lone_document(parts: Sequence[Path], units: Sequence[list[Piece]], text_field: str) -> str | None:
-    """The text of the sources where it is the same in all their documents."""
+    """Returns the text of the sources where it is the same in all their documents, else None."""
     hashes = np.unique(np.concatenate([np.unique(np.fromfile(part, DOCUMENT)["hash"]) for part in parts]))
     if len(hashes) > 1:
         return None

@@ -1,8 +1,8 @@
-"""Prefill and decode with a KV cache: the simple exact path, as one device's share. tp splits heads, feed-forward dim and vocabulary, pp the
+"""Prefill and decode with a KV cache: the simple exact way, as one device's share. tp splits heads, feed-forward dim and vocabulary, pp the
 layers; rows are the same on all dp and cp ranks.
 
-Rows are padded on the left, so that all of them write the cache at the same index. Weights are laid out once for matrix-vector products: one
-array a layer, and an output matrix of its own also where it is tied to the embedding.
+Rows are padded on the left, so that all of them write the cache at the same index. Weights are laid out once for matrix-vector products: an
+array for each layer, and an output matrix of its own even where it is tied to the embedding.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import collectives, tensor
 from herd_jax.parallel.relay import relay
 
-CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, B, K, H, S] and values [PP, B, K, S, H], a pair a layer slot
+CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, B, K, H, S] and values [PP, B, K, S, H], a pair for each layer slot
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A model on a mesh, layers in one chunk a pipeline rank. `dtype` is that of the weights, activations and the cache."""
+    """A model on a mesh, each pipeline rank with one chunk of layers. `dtype` is that of the weights, activations and the cache."""
 
     model: Llama
     layout: Layout
@@ -39,12 +39,12 @@ class Decoder:
 
     @functools.cached_property
     def num_slots(self) -> int:
-        """Layer slots of a pipeline rank."""
+        """Returns the number of layer slots of a pipeline rank."""
         return max(1, *self.layout.layers_per_stage)
 
     @functools.cached_property
     def prepare(self):
-        """Stored parameters -> weights for `prefill` and `decode`: whole over FSDP, of each parameter a list of layers."""
+        """Returns the function from stored parameters to weights for `prefill` and `decode`: whole over FSDP, each parameter a list of layers."""
         stored = map_declarations(self.layout.spec, self.model.declared)
 
         def prepare(params):
@@ -56,8 +56,10 @@ class Decoder:
 
     @functools.cached_property
     def prefill(self):
-        """Cache size S -> function of (weights, ids [B, T], padding [B]) -> (FP32 logits [B, V] after the last id, cache). The first `padding`
-        ids of a row are not looked at; T >= 1, S >= T."""
+        """Returns, for a cache size S, the function (weights, ids [B, T], padding [B]) -> (FP32 logits [B, V] after the last id, cache).
+
+        The first `padding` ids of a row are not looked at; T >= 1, S >= T.
+        """
         return functools.cache(self._prefill_of_size)
 
     def _prefill_of_size(self, cache_size: int):
@@ -77,10 +79,10 @@ class Decoder:
 
     @functools.cached_property
     def decode(self):
-        """(weights, cache, ids [B], padding [B], index) -> (FP32 logits [B, V] after `ids`, cache with them at `index`); the cache is donated.
+        """Returns the function (weights, cache, ids [B], padding [B], index) -> (FP32 logits [B, V] after `ids`, cache with them at `index`).
 
-        Two calls: the first reads the cache, the second writes the new keys and values into it. In one call XLA's CPU backend would copy the
-        cache at each step, to read what it also writes.
+        The cache is donated. The function makes two calls: the first reads the cache, the second writes the new keys and values into it. In one
+        call XLA's CPU backend would copy the cache at each step, to read what it also writes.
         """
 
         def run(weights, cache, ids_B, padding_B, index):
@@ -106,7 +108,7 @@ class Decoder:
         return decode
 
     def _forward(self, weights, ids_BT, rotation, attend):
-        """Logits [B, V] of the last index, and what `attend(q, k, v, slot) -> (o, to keep)` keeps in each layer slot."""
+        """Returns the logits [B, V] of the last index, and what `attend(q, k, v, slot) -> (o, to keep)` keeps in each layer slot."""
 
         def run(x_BTD, stage):
             kept = []
@@ -121,7 +123,7 @@ class Decoder:
         return self._logits(weights, x_BTD[:, -1:])[:, 0], kept
 
     def _logits(self, weights, x_BTD: jax.Array) -> jax.Array:
-        """FP32 [B, T, V]."""
+        """Returns the logits, FP32 [B, T, V]."""
         head, output_DV = self.model.head(weights["ends"])
         hidden_BTD = head.hidden(x_BTD, tensor.WHOLE_SEQUENCE)
         logits_BTV = jnp.dot(hidden_BTD, weights.get("output", output_DV), preferred_element_type=jnp.float32)
@@ -149,14 +151,14 @@ class Decoder:
 
 
 def for_cache(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys [P, B, K, H, T] and values [P, B, K, T, H] of a device, P is 1: as the products of one query read them fastest."""
+    """Returns keys [P, B, K, H, T] and values [P, B, K, T, H] of a device (P is 1), as the products of one query read them fastest."""
     return k_BTKH.transpose(0, 2, 3, 1)[None], v_BTKH.swapaxes(1, 2)[None]
 
 
 def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_PBKHS, v_PBKSH, padding_B: jax.Array, index: jax.Array) -> jax.Array:
-    """Attention of one query a row (T = 1) at `index` with the keys padding .. index - 1 of the cache and its own; P is 1 on a device.
+    """Computes attention of each row's one query (T = 1) at `index` with the keys padding .. index - 1 of the cache and its own.
 
-    The softmax over both is written out: XLA's CPU backend would copy all scores to put one more beside them.
+    P is 1 on a device. The softmax over both is written out: XLA's CPU backend would copy all scores to put one more beside them.
     """
     B, _, N, H = q_BTNH.shape
     (_, _, K, _, S), own_k_BKTH, own_v_BKTH = k_PBKHS.shape, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)

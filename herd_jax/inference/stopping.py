@@ -32,7 +32,7 @@ class StopCondition:
         return text
 
     def flush(self) -> str:
-        """What was held back, when nothing more comes."""
+        """Returns what was held back, when nothing more comes."""
         if self.decoder is None:
             return ""
         text = self.held + self.decoder.flush()

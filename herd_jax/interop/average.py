@@ -18,15 +18,15 @@ from herd_jax.interop.load import open_source
 from herd_jax.interop.save import save
 from herd_jax.interop.source import Source
 
-_BLOCK_ROWS = 1024  # of a tensor, that are widened to FP64 at a time
+_BLOCK_ROWS = 1024  # rows of a tensor that are widened to FP64 at a time
 
 
 def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence[float] = (), last: int | None = None, to: str = "herd",
             dtype: str = "float32") -> list[tuple[Path, float]]:  # fmt: skip
     """Writes the weighted mean of models to the new directory `target`; returns each model that went into it and its share.
 
-    `sources` are whatever `open_source` opens, `WORKDIR/checkpoints/STEP` among it. With `last` each is the workdir of a run and stands for
-    its so many newest checkpoints, in equal shares. `weights`, one a source, are divided by their sum (none: all models count alike).
+    `sources` are whatever `open_source` opens, also `WORKDIR/checkpoints/STEP`. With `last` each is the workdir of a run and stands for its
+    `last` newest checkpoints, in equal shares. `weights`, one for each source, are divided by their sum (none: all models count alike).
     Raises UserError as `open_source` and `save` do, for weights that are no positive numbers or too few or many, and for models that
     differ in architecture or tokenizer.
     """
@@ -45,7 +45,7 @@ def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence
         _check_alike(models[0], model)
 
     def mean(name: str, layer: int | None = None) -> np.ndarray:
-        """FP32."""
+        """Returns the weighted mean of a parameter, in FP32."""
         total = None
         for model, share in zip(models, shares, strict=True):
             values = model.read(name, layer)

@@ -19,7 +19,7 @@ class InitialWeights:
 
     @classmethod
     def open(cls, path: str) -> "InitialWeights":
-        """Raises UserError as `open_source`, and for a quantized model."""
+        """Opens the model at `path`. Raises UserError as `open_source` does, and for a quantized model."""
         source = open_source(path)
         if source.config.fp8:
             raise UserError(f"init_from {path} is quantized to FP8, and such weights are not trained: give the model that it was made from")
@@ -27,7 +27,7 @@ class InitialWeights:
 
     @property
     def model_config(self) -> ModelConfig:
-        """Every dimension of the source, so that a run's config does not depend on a name."""
+        """Returns every dimension of the source, so that a run's config does not depend on a name."""
         dimensions = {field.name for field in dataclasses.fields(ModelConfig)} - {"name"}
         return ModelConfig(**{name: getattr(self.source.config, name) for name in dimensions})
 

@@ -20,7 +20,7 @@ PyTree = Any
 
 
 def open_source(path: str | Path) -> Source:
-    """The model at `path`, its format found by looking: a Hugging Face, Meta or herd directory, a GGUF file or the directory of one, the
+    """Opens the model at `path`, whose format is found out: a Hugging Face, Meta or herd directory, a GGUF file or the directory of one, the
     workdir of a training run, or one of its checkpoints. Raises UserError for what is none of them, or is damaged."""
     path = user_path(path)
     if path.is_file():
@@ -50,7 +50,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def load_params(source: Source, layout: Layout, declared: PyTree, dtype) -> PyTree:
-    """The parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype` (or their own).
+    """Returns the parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype` (or their own).
 
     Each process reads only what its own devices hold, and its memory holds one device's share of one parameter at a time.
     """
@@ -70,7 +70,7 @@ def load_params(source: Source, layout: Layout, declared: PyTree, dtype) -> PyTr
 
 
 def _read_layers(source: Source, name: str, layers: Sequence, bounds: list[range], shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Layers of a parameter of `shape`, stacked, within `bounds`; zero where a slot has no layer (-1) and beyond the shape."""
+    """Returns layers of a parameter of `shape`, stacked, within `bounds`; zero where a slot has no layer (-1) and beyond the shape."""
     index = tuple(slice(min(part.start, size), min(part.stop, size)) for part, size in zip(bounds, shape))
     filled = tuple(slice(part.stop - part.start) for part in index)
     sizes, stack = [len(part) for part in bounds], None
@@ -83,7 +83,7 @@ def _read_layers(source: Source, name: str, layers: Sequence, bounds: list[range
 
 
 def _zeros_like(values: np.ndarray, num_layers: int, sizes: list[int], dtype) -> np.ndarray:
-    """[num_layers, *sizes] with the dims of a layer in memory as those of `values`: jax transposes fast on the way to a device, numpy
-    slowly."""
+    """Returns zeros [num_layers, *sizes], with a layer's dims in memory in the order of those of `values`: jax transposes fast on the way to a
+    device, numpy slowly."""
     order = np.argsort([-stride for stride in values.strides], kind="stable")
     return np.zeros((num_layers, *(sizes[dim] for dim in order)), dtype).transpose(0, *(1 + np.argsort(order)))

@@ -1,4 +1,4 @@
-"""Writes a model as a directory, one tensor at a time. A directory that is there is complete: it is written under another name."""
+"""Writes a model as a directory, one tensor at a time. It is written under another name first, so a directory that is there is complete."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ def save(target: str | Path, to: str, config: LlamaConfig, read: Read, dtype, to
 
 
 def reader(layout: Layout, declared: PyTree, params: PyTree) -> Read:
-    """`read` for the parameters of `declared` that lie on a mesh as `layout` stores them, all of it on this process's devices."""
+    """Returns a `read` of the parameters of `declared` that lie on a mesh as `layout` stores them, all of it on this process's devices."""
     named = lambda tree: {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_declaration)}
     declarations, stored = named(declared), named(params)
 
@@ -80,7 +80,7 @@ def reader(layout: Layout, declared: PyTree, params: PyTree) -> Read:
 
 
 def _arrays(mapping: dict[str, Mapped], read: Read, dtype: np.dtype, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
-    """The tensors of a file in the order of `tensor_shapes`."""
+    """Yields the tensors of a file in the order of `tensor_shapes`."""
     for name, layer in walk(mapping):
         for piece, part in zip(mapping[name].pieces, mapping[name].split(read(name, layer))):
             array = piece.to_file(part.astype(mapping[name].declaration.dtype or dtype, copy=False))
@@ -90,7 +90,7 @@ def _arrays(mapping: dict[str, Mapped], read: Read, dtype: np.dtype, advance: Ca
 
 @contextlib.contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """`whole_directory` for a model, of which the disk may be too small for."""
+    """Does what `whole_directory` does; raises UserError where the model cannot be written, such as on a full disk."""
     try:
         with whole_directory(target) as directory:
             yield directory
@@ -100,7 +100,7 @@ def _complete_or_absent(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A line on the terminal; the function advances it by a number of bytes."""
+    """Shows a progress line on the terminal; yields a function that advances it by a number of bytes."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""A model to read from, whatever its format: config, dtype, tokenizer, and every parameter a layer at a time."""
+"""A model to read from, whatever its format: config, dtype, tokenizer, and every parameter one layer at a time."""
 
 import abc
 import dataclasses
@@ -21,8 +21,8 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
-    """`dtype` is that of the stored tensors, the widest where they differ, but for those of a dtype of their own. `context_length`, in tokens,
-    and `tokenizer_path`, which `load_tokenizer` reads, are None where the source does not have them."""
+    """A model to read from. `dtype` is that of the stored tensors, the widest where they differ; those whose declaration has a dtype of its own
+    do not count. `context_length`, in tokens, and `tokenizer_path`, which `load_tokenizer` reads, are None where the source has none."""
 
     path: Path
     config: LlamaConfig
@@ -32,7 +32,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str, layer: int | None = None, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The part of a parameter that `index` takes (default: all), of one layer if it is a layer's.
+        """Returns the part of a parameter that `index` takes (default: all), of one layer if it is a layer's.
 
         `name` is its path in the declaration ("ends.embed.table", "layers.qkv"), `index` is in its declared shape; "layers.qkv" and
         "layers.gate_up" are not cut in the dim that joins projections. The result has the stored dtype and any memory order, and may be
@@ -41,7 +41,7 @@ class Source(abc.ABC):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """None where the source has none. Raises UserError where it has more ids than the model has rows."""
+        """Returns the tokenizer, or None where the source has none. Raises UserError where it has more ids than the model has rows."""
         tokenizer = self.tokenizer_path and load_tokenizer(self.tokenizer_path)
         if tokenizer:
             check_tokenizer(self.config, tokenizer)
@@ -58,7 +58,7 @@ def check_tokenizer(config: LlamaConfig, tokenizer: Tokenizer) -> None:
 
 
 def tokenizer_in(directory: Path) -> Path | None:
-    """The directory, if it holds a tokenizer."""
+    """Returns the directory if it holds a tokenizer, else None."""
     return directory if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer.bytes")) else None
 
 
@@ -81,8 +81,8 @@ class MappedSource(Source):
     @classmethod
     def make(cls, path: Path, config: LlamaConfig, context_length: int | None, tokenizer_path: Path | None, mapping: dict[str, Mapped],
              tensors: Tensors, ignored: tuple[str, ...] = ()) -> "MappedSource":  # fmt: skip
-        """Raises UserError naming the first tensor that is missing, of another shape than the config says, or neither of the mapping's nor
-        `ignored` (by the end of its name)."""
+        """Makes a source. Raises UserError naming the first tensor that is missing, that has another shape than the config says, or that is
+        neither one of the mapping's nor `ignored` (by the end of its name)."""
         wanted = tensor_shapes(mapping)
         for name, shape in wanted.items():
             if name not in tensors.shapes:
@@ -118,7 +118,7 @@ class MappedSource(Source):
 
 
 def parse_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
-    """What `parse` makes of a JSON file. Raises UserError where the file is damaged or lacks a field."""
+    """Returns what `parse` makes of a JSON file. Raises UserError where the file is damaged or lacks a field."""
     try:
         return parse(json.loads(path.read_bytes()))
     except UserError:

@@ -43,17 +43,17 @@ class LlamaConfig:
 
     @property
     def layer_matrices(self) -> int:
-        """Parameters of one layer's matmuls."""
+        """Returns the number of parameters of one layer's matmuls."""
         return self.dim * self.head_dim * 2 * (self.num_heads + self.num_kv_heads) + 3 * self.dim * self.ffn_dim
 
     @property
     def head_matrix(self) -> int:
-        """Parameters of the output matrix, or of the embedding's table."""
+        """Returns the number of parameters of the output matrix, or of the embedding's table."""
         return self.dim * self.vocab_size
 
     def flops_per_token(self, keys_seen: float) -> float:
-        """Forward and backward: 6 for each parameter of a matmul (the output matrix is one, the embedding's look-up is not) and 12 for each
-        layer, query head, head dim and key that a query sees on average."""
+        """Returns the floating-point operations of forward and backward for one token: 6 for each parameter of a matmul (the output matrix is
+        one, the embedding's look-up is not) and 12 for each layer, query head, head dim and key that a query sees on average."""
         attention = 12.0 * self.num_heads * self.head_dim * keys_seen
         return self.num_layers * (6.0 * self.layer_matrices + attention) + 6.0 * self.head_matrix
 
@@ -104,7 +104,7 @@ class ModelConfig:
     init_std: float | None = None  # standard deviation of first weights; those that write to the residual stream have it over sqrt(2 L)
 
     def resolve(self) -> LlamaConfig:
-        """Raises UserError for an unknown name or impossible dimensions."""
+        """Returns the dimensions of the named model with the overrides. Raises UserError for an unknown name or impossible dimensions."""
         if self.name not in MODELS:
             raise UserError(f"model.name '{self.name}' is not known: choose one of {', '.join(MODELS)}, and override its dimensions if need be")
         overrides = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}

@@ -15,10 +15,10 @@ from herd_jax.models.log_probabilities import chunks, predict
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array, vocab_size: int) -> jax.Array:
-    """Sum of the masked token losses in nats: FP32 scalar, equal on every tp rank.
+    """Returns the sum of the masked token losses in nats: FP32 scalar, equal on every tp rank.
 
     `x_BTD` is whole on every tp rank, `w_DV` is the rank's part of the output matrix; columns from `vocab_size` on are padding and are never
-    predicted. The cotangent of `x_BTD` is the rank's partial one.
+    predicted. The cotangent of `x_BTD` is this rank's part of a sum over the tp ranks.
     """
     loss, _ = _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient=False)
     return loss

@@ -1,6 +1,6 @@
 """A bidirectional Transformer encoder with a linear head over classes, on one device: what a classifier of documents is made of.
 
-The paper's is DistilRoBERTa (section 3.1.1); this has its shape with the parts of the house: pre-norm, RMSNorm, RoPE, GELU, mean pooling.
+The paper uses DistilRoBERTa (section 3.1.1); this one has its shape and this project's parts: pre-norm, RMSNorm, RoPE, GELU, mean pooling.
 Legend: B texts, T tokens, D dim, N heads, H head dim, F ffn dim, C classes.
 """
 
@@ -45,7 +45,7 @@ class EncoderConfig:
 
 
 class Ends(nnx.Module):
-    """The embedding before the layers; the norm, the pooling and the head behind them."""
+    """The embedding before the layers; the norm, the pooling and the head after them."""
 
     def __init__(self, config: EncoderConfig, num_classes: int):
         self.config = config
@@ -85,7 +85,7 @@ class EncoderLayer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """`declared` is {"ends": ..., "layers": ...}, the latter stacked by layer."""
+    """The encoder: `declared` has the declarations of its parameters, {"ends": ..., "layers": ...}, the latter stacked by layer."""
 
     config: EncoderConfig
     graphs: dict[str, nnx.GraphDef]
@@ -98,7 +98,10 @@ class Encoder:
         return cls(config, {"ends": ends_graph, "layer": layer_graph}, {"ends": ends, "layers": layers})
 
     def logits(self, params, tokens_BT: jax.Array, num_tokens_B: jax.Array) -> jax.Array:
-        """FP32 [B, C], from the first `num_tokens_B` of each row; what stands behind them has no influence. A row of 0 gives zeros."""
+        """Returns the logits, FP32 [B, C], from the first `num_tokens_B` tokens of each row; the others have no influence.
+
+        A row of 0 tokens gives zeros.
+        """
         index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         real_BT = index_BT < num_tokens_B[:, None]
         cos_BTh, sin_BTh = rotations(index_BT, frequencies(self.config.head_dim, self.config.rope_theta, None))

@@ -26,21 +26,21 @@ class Fp8Config:
     skip_ends: bool = True
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers that are FP8."""
+        """Returns the layers that are FP8."""
         return tuple(range(1, num_layers - 1) if self.skip_ends else range(num_layers))
 
 
 @jax.jit
 def quantize_rowwise(w_FD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights [F, D] -> (values e4m3 [F, D], scales FP32 [F]); the weights are about values * scales. A row is an output of the product.
+    """Quantizes weights [F, D] to (values e4m3 [F, D], scales FP32 [F]); the weights are about values * scales.
 
-    A row with what is not finite becomes NaN as a whole.
+    A row is an output of the product. A row with a value that is not finite becomes NaN as a whole.
     """
     return _quantize(w_FD, jnp.inf, None)
 
 
 def fp8_matmul(x_TD: jax.Array, weight: tuple[jax.Array, jax.Array], activation_bound: float | None = 1200.0, axis: str | None = None) -> jax.Array:
-    """[T, D] by the weight of `quantize_rowwise` [F, D] -> [T, F], in the dtype of `x_TD`.
+    """Multiplies [T, D] by the weight of `quantize_rowwise` [F, D]: returns [T, F] in the dtype of `x_TD`.
 
     The magnitudes of a row of `x_TD` beyond `activation_bound` saturate, infinity too; without a bound an infinite value makes its row NaN. NaN
     makes its row NaN. `axis`: the mesh axis over which D is sharded, whose devices scale a row alike; their results are still to be summed.
@@ -52,7 +52,7 @@ def fp8_matmul(x_TD: jax.Array, weight: tuple[jax.Array, jax.Array], activation_
 
 
 def _quantize(x_TD: jax.Array, bound: float, axis: str | None) -> tuple[jax.Array, jax.Array]:
-    """(values e4m3, scales FP32 [T]) of the rows. XLA's cast gives NaN beyond 448, so they are clamped first; NaN stays."""
+    """Returns (values e4m3, scales FP32 [T]) of the rows. XLA's cast gives NaN beyond 448, so they are clamped first; NaN stays."""
     x_TD = x_TD.astype(jnp.float32)
     maximum_T = jnp.max(jnp.abs(x_TD), axis=-1)
     maximum_T = maximum_T if axis is None else collectives.all_max(maximum_T, axis)
@@ -63,7 +63,7 @@ def _quantize(x_TD: jax.Array, bound: float, axis: str | None) -> tuple[jax.Arra
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp8Matrix:
-    """A quantized matrix, and how its product is computed: values e4m3 [..., D] and their scales FP32 [...], an output each.
+    """A quantized matrix, and how its product is computed: values e4m3 [..., D] and their scales FP32 [...], one for each output.
 
     `axis`: the mesh axis over which D is sharded, if any; the products of its devices are still to be summed.
     """
@@ -74,7 +74,7 @@ class Fp8Matrix:
     axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def product(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, ...]"""
+        """Multiplies [B, T, D] by the matrix: returns [B, T, ...]."""
         weight = self.values.reshape(-1, self.values.shape[-1]), self.scales.reshape(-1)
         y_TF = fp8_matmul(x_BTD.reshape(-1, x_BTD.shape[-1]), weight, self.activation_bound, self.axis)
         return y_TF.reshape(*x_BTD.shape[:2], *self.scales.shape)

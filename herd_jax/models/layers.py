@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from herd_jax.models.fp8 import Fp8Matrix
 
-# Recomputes cheap operations in the backward rather than keep their results. Forward and backward are apart, so XLA has nothing to undo.
+# Recomputes cheap operations in the backward rather than keep their results. Forward and backward run in separate loops, so XLA cannot merge
+# the two computations of a value and need not be kept from it.
 recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """Normalised in FP32, then cast, then weighted. The last product is written in FP32 (it rounds to the same), so that the weight's
+    """Normalises in FP32, then casts, then applies the weight. The last product is written in FP32 (it rounds to the same), so that the weight's
     gradient, a sum over all tokens, is accumulated in FP32."""
     x32 = x_BTD.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -22,7 +23,7 @@ def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 
 @jax.custom_vjp
 def look_up(table_VD: jax.Array, index_BT: jax.Array, mine_BT: jax.Array) -> jax.Array:
-    """Rows of the table, 0 where not `mine`. A token that occurs often has its gradient summed in FP32."""
+    """Returns the rows of the table at `index_BT`, 0 where `mine_BT` is false. The gradients of a token that occurs often are summed in FP32."""
     return jnp.where(mine_BT[..., None], table_VD[index_BT], 0)
 
 
@@ -40,7 +41,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def project(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix) -> jax.Array:
-    """[B, T, D] by [D, ...], or by a quantized matrix -> [B, T, ...]"""
+    """Multiplies [B, T, D] by [D, ...], or by a quantized matrix: returns [B, T, ...]."""
     if isinstance(weight, Fp8Matrix):
         return weight.product(x_BTD)
     return (x_BTD @ weight.reshape(weight.shape[0], -1)).reshape(*x_BTD.shape[:2], *weight.shape[1:])

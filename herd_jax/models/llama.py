@@ -1,8 +1,8 @@
 """The Llama 3 architecture: pre-norm Transformer with grouped-query attention, RoPE, SwiGLU and RMSNorm (section 3.2 of the paper).
 
 Modules declare parameters and the math on one device's share of them; `program` hands the math to the pipeline. Training, scoring and
-decoding call the same layer: what queries attend to, and what lies between blocks, is the caller's.
-Legend: B sequences in a micro-batch, T one device's tokens of a sequence, S all of it, D model dim, N query heads, K kv heads, G = N / K,
+decoding call the same layer: the caller says what queries attend to, and how tp ranks communicate between blocks.
+Legend: B sequences in a micro-batch, T one device's tokens of a sequence, S all its tokens, D model dim, N query heads, K kv heads, G = N / K,
 H head dim, F ffn dim, V vocabulary, L layers.
 """
 
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """The model's inputs, and what the objective reads: the batch's fields, [B, T] a token or [B] a row."""
+    """The model's inputs, and what the objective reads: the batch's fields, [B, T] with a value for each token or [B] with one for each row."""
 
     inputs: Inputs
     fields: dict[str, jax.Array]
@@ -159,7 +159,7 @@ class Llama:
         return bind(self.graphs["embed"], ends["embed"])
 
     def layer(self, weights: dict[str, jax.Array]) -> Layer:
-        """Returns a layer with the weights that it has stored."""
+        """Returns a layer with its stored weights; FP8 values and their scales become one matrix."""
         if "gate_up_fp8" in weights:
             quantize = lambda name, axis: fp8.Fp8Matrix(weights[f"{name}_fp8"], weights[f"{name}_scales"], self.config.fp8.activation_bound, axis)
             kept = {name: value for name, value in weights.items() if not name.endswith(("_fp8", "_scales"))}
@@ -172,7 +172,7 @@ class Llama:
         return module, ends["embed"]["table"].T if self.config.tie_embeddings else module.output[...]
 
     def program(self, layers_per_stage: tuple[int, ...], objective) -> Program:
-        """`objective(hidden_BTD, output_DV, fields of the micro-batch) -> (scalar, sums)` says what the head computes."""
+        """Returns the pipeline's program, whose head computes `objective(hidden_BTD, output_DV, fields of the micro-batch) -> (scalar, sums)`."""
         between = tensor.SPLIT_SEQUENCE
 
         def embed(ends, batch: MicroBatch):
@@ -199,10 +199,13 @@ class Llama:
         return Program(embed, layer, head, ("embed",), head_keys, layers_per_stage)
 
     def micro_batches(self, batch: dict[str, jax.Array]) -> MicroBatch:
-        """From one device's share of a batch, whose fields are [M, B, T] a token or [M, B] a row; of INPUTS it has at least the first three."""
+        """Returns the micro-batches of one device's share of a batch, whose fields are [M, B, T] (for tokens) or [M, B] (for rows).
+
+        Of INPUTS the batch has at least the first three.
+        """
         ranges = context.visible_ranges(batch["segment_ids"], batch.get("branch_ids"))
         return MicroBatch(Inputs(batch["tokens"], self.rotation(batch["positions"]), ranges), batch)
 
     def rotation(self, positions: jax.Array) -> Rotation:
-        """RoPE's cosines and sines of positions [..., T]."""
+        """Returns RoPE's cosines and sines of positions [..., T]."""
         return rotations(positions, frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))

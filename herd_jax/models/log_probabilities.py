@@ -1,7 +1,7 @@
 """Log-probabilities over a vocabulary that is split over tp, in chunks of tokens: the FP32 logits [B, S, V] never exist.
 
 On each tp rank `x_BTD` is whole and `w_DV` its part of the output matrix, whose columns from `vocab_size` on are padding and never
-predicted. Results are equal on every tp rank; the cotangent of `x_BTD` is the rank's partial one.
+predicted. Results are equal on every tp rank; the cotangent of `x_BTD` is this rank's part of a sum over the tp ranks.
 """
 
 import functools

@@ -30,23 +30,23 @@ MESH_AXES = {"embed": FSDP_AXES, "kv_heads": "tp", "ffn": "tp", "vocab": "tp", "
 class Declaration:
     """A parameter of the model: FP32, `shape` and logical `axes` without the layers dim, `init(key, shape)` its first value.
 
-    `dtype` is set where it is held in that one alone, and never cast to the one that is computed in.
+    `dtype` is set only for a parameter that is always held in that dtype, and never cast to the one that is computed in.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    layers: tuple[int, ...] = ()  # of the model that have the parameter, in their order; empty: it is not one of the layers'
+    layers: tuple[int, ...] = ()  # the model's layers that have the parameter, in order; empty: it is outside the layers
     dtype: np.dtype | None = None
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices only, not for norms."""
+        """Returns whether weight decay applies: to matrices only, not to norms."""
         return len(self.shape) > 1
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
-        """As a checkpoint has it: layers in model order, nothing padded."""
+        """Returns the shape in a checkpoint: layers in model order, nothing padded."""
         return (len(self.layers), *self.shape) if self.layers else self.shape
 
     @property
@@ -55,7 +55,7 @@ class Declaration:
 
 
 def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], init, dtype=None) -> nnx.Param:
-    """A parameter of a Flax module: abstract, with its declaration as metadata."""
+    """Returns a parameter of a Flax module: abstract, with its declaration as metadata."""
     assert len(shape) == len(axes)
     dtype = dtype and np.dtype(dtype)
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or jnp.float32), declaration=Declaration(shape, axes, init, dtype=dtype))
@@ -77,12 +77,12 @@ def declarations(module: nnx.Module, layers: Sequence[int] = ()) -> tuple[nnx.Gr
 
 
 def stacked(declared: dict[str, Declaration], layers: Sequence[int]) -> dict[str, Declaration]:
-    """Returns the declarations as those of `layers`."""
+    """Returns the declarations with `layers` as the layers that have the parameters."""
     return {name: dataclasses.replace(declaration, layers=tuple(layers)) for name, declaration in declared.items()}
 
 
 def bind(graph: nnx.GraphDef, weights: dict[str, jax.Array]) -> nnx.Module:
-    """The module with `weights`, or one device's share of them, in place of its parameters."""
+    """Returns the module with `weights`, or one device's share of them, in place of its parameters."""
     return nnx.merge(graph, nnx.State({name: nnx.Param(value) for name, value in weights.items()}))
 
 
@@ -95,7 +95,7 @@ def map_declarations(f, declared: PyTree, *trees: PyTree) -> PyTree:
 
 
 def count(declared: PyTree) -> int:
-    """Number of parameters."""
+    """Returns the number of parameters."""
     return sum(declaration.size for declaration in jax.tree.leaves(declared, is_leaf=is_declaration))
 
 
@@ -118,7 +118,7 @@ class Layout:
     def slots(self, declaration: Declaration) -> np.ndarray:
         """Returns the model's layer in each slot of a stacked parameter, rank by rank and there chunk by chunk; -1 in an empty slot.
 
-        A rank has slots for the layers that have the parameter alone, as many as the stage with the most of them.
+        A rank has slots only for layers that have the parameter, as many as the stage with the most of them needs.
         """
         return self._slots(declaration.layers)
 
@@ -130,15 +130,17 @@ class Layout:
         return np.concatenate([np.pad(stages[s], (0, num_slots - len(stages[s])), constant_values=-1) for s in order]).astype(np.int32)
 
     def slots_of_stage(self, declared: dict[str, Declaration], stage: int) -> list[dict[str, int]]:
-        """Returns, for each layer of a stage, the slots of a rank in which the parameters of `declared` lie that the layer has."""
+        """Returns, for each layer of a stage, the slot on the stage's rank of each parameter of `declared` that the layer has."""
         assert self.num_chunks == 1
         layers = self.stages[stage]
         before = lambda d, at: sum(layer in d.layers for layer in layers[:at])
         return [{name: before(d, at) for name, d in declared.items() if layer in d.layers} for at, layer in enumerate(layers)]
 
     def scan(self, function, x, weights: dict[str, jax.Array], declared: dict[str, Declaration], stage: int):
-        """`function(x, weights of a layer, index in the stage) -> (x, to keep)` over the layers of a stage, `weights` stacked by a rank's slots:
-        (x, what was kept, stacked). A loop for each run of layers that have the same parameters, so one for a plain model."""
+        """Runs `function(x, weights of a layer, index in the stage) -> (x, to keep)` over the layers of a stage; returns (x, what was kept, stacked).
+
+        `weights` are stacked by a rank's slots. There is a loop for each run of layers that have the same parameters, so one for a plain model.
+        """
         kept, slots = [], self.slots_of_stage(declared, stage)
         for _, run in itertools.groupby(enumerate(slots), lambda item: item[1].keys()):
             (first, places), *others = run
@@ -151,15 +153,15 @@ class Layout:
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
     def gather(self, params: PyTree, declared: PyTree, dtype) -> PyTree:
-        """One device's shards -> weights whole over FSDP, in the compute dtype `dtype` where they have none of their own."""
+        """Gathers one device's shards into weights whole over FSDP, in the compute dtype `dtype` where they have none of their own."""
         return map_declarations(lambda d, shard: data.gather_weights(shard, self.spec(d), d.dtype or dtype), declared, params)
 
     def is_canonical(self, declaration: Declaration) -> bool:
-        """Whether the parameter is stored as a checkpoint has it."""
+        """Returns whether the parameter is stored as a checkpoint has it."""
         return self._in_order(declaration) and self.stored_shape(declaration) == declaration.canonical_shape
 
     def _in_order(self, declaration: Declaration) -> bool:
-        """Whether the slots hold the layers in order and none is empty."""
+        """Returns whether the slots hold the layers in order and none is empty."""
         return not declaration.layers or self.slots(declaration).tolist() == list(declaration.layers)
 
     def spec(self, declaration: Declaration) -> PartitionSpec:
@@ -175,7 +177,7 @@ class Layout:
         return (len(self.slots(declaration)), *shape) if declaration.layers else shape
 
     def init(self, declaration: Declaration, key: jax.Array) -> jax.Array:
-        """First value as stored; the same parameters on every mesh. Empty slots and padding are zero."""
+        """Returns the first value as it is stored; the parameters are the same on every mesh. Empty slots and padding are zero."""
         shape = declaration.shape
         if declaration.layers:
             layers = jnp.asarray(self.slots(declaration))
@@ -186,14 +188,14 @@ class Layout:
         return jnp.pad(values, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), values.shape)])
 
     def to_canonical(self, declaration: Declaration, stored: jax.Array) -> jax.Array:
-        """As stored -> as in a checkpoint."""
+        """Returns a stored parameter as a checkpoint has it."""
         if not self._in_order(declaration):
             slots = self.slots(declaration).tolist()
             stored = stored[np.array([slots.index(layer) for layer in declaration.layers])]
         return stored[tuple(slice(n) for n in declaration.canonical_shape)]
 
     def from_canonical(self, declaration: Declaration, canonical: jax.Array) -> jax.Array:
-        """As in a checkpoint -> as stored."""
+        """Returns a checkpoint's parameter as it is stored."""
         if not self._in_order(declaration):
             slots = self.slots(declaration)
             places = np.array([declaration.layers.index(layer) if layer >= 0 else 0 for layer in slots.tolist()])
@@ -201,8 +203,10 @@ class Layout:
         return jnp.pad(canonical, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), canonical.shape)])
 
     def canonical_sharding(self, declaration: Declaration) -> NamedSharding:
-        """A checkpoint's array is sharded as the stored one, except in dims that then no longer divide: layers that do not divide by pp
-        leave it to the dim that FSDP shards, so that no rank holds the layers of all."""
+        """Returns the sharding of a checkpoint's array: that of the stored one, except in dims that then no longer divide.
+
+        Where the layers do not divide by pp, pp splits the dim that FSDP shards, so that no rank holds the layers of all ranks.
+        """
         shape, spec, fsdp = declaration.canonical_shape, list(self.spec(declaration)), fsdp_size(self.mesh)
         sizes = {None: 1, "pp": self.mesh.shape["pp"], "tp": self.mesh.shape["tp"], FSDP_AXES: fsdp}
         for dim, axes in enumerate(spec):

@@ -19,7 +19,7 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per position of each pair: float64 [H / 2]."""
+    """Returns the radians per position of each pair: float64 [H / 2]."""
     base = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is None:
         return base
@@ -30,7 +30,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.
 
 
 def rotations(positions_BT: jax.Array, frequencies_h: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, FP32 [B, T, H / 2]."""
+    """Returns the cosines and sines, FP32 [B, T, H / 2]."""
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies_h, jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -1,4 +1,4 @@
-"""The communications of one device, by name. Each is the identity on a mesh axis of size 1, so that nothing is sent for nothing.
+"""The communications of one device, by name. Each is the identity on a mesh axis of size 1, so that no needless message is sent.
 
 All run inside a fully manual `jax.shard_map(check_vma=False)`. There, the transpose of `all_gather` is `reduce_scatter` and the
 other way round, which is what partial cotangents need; `psum` is only used where nothing is differentiated through it.
@@ -13,35 +13,35 @@ Axes = str | tuple[str, ...]
 
 
 def axis_size(axes: Axes) -> int:
-    """Number of devices along a mesh axis, or along several together."""
+    """Returns the number of devices along a mesh axis, or along several together."""
     return math.prod(lax.axis_size(axis) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """Every device's part of `x`, concatenated along `dim`."""
+    """Concatenates every device's part of `x` along `dim`."""
     return x if axis_size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """The sum of `x` over devices, of which each keeps its part along `dim`."""
+    """Sums `x` over devices; each keeps its part of the sum along `dim`."""
     size = axis_size(axes)
     if size == 1:
         return x
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
-        # gloo's own sometimes sends the end of a message of more than 64 KiB after its memory has other content (jaxlib 0.10.2).
+        # gloo's reduce-scatter sometimes sends the end of a message of more than 64 KiB after its memory was overwritten (jaxlib 0.10.2).
         parts = x.reshape(*x.shape[:dim], size, x.shape[dim] // size, *x.shape[dim + 1 :])
         return lax.all_to_all(parts, axes, dim, dim, tiled=True).sum(dim)
     return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
 def all_reduce(x, axes: Axes):
-    """The sum of `x` (a pytree) over devices. Do not differentiate through it."""
+    """Sums `x` (a pytree) over devices. Do not differentiate through it."""
     axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if lax.axis_size(axis) > 1)
     return lax.psum(x, axes) if axes else x
 
 
 def all_max(x: jax.Array, axis: str) -> jax.Array:
-    """The elementwise maximum over devices. Do not differentiate through it."""
+    """Returns the elementwise maximum over devices. Do not differentiate through it."""
     return x if axis_size(axis) == 1 else lax.pmax(x, axis)
 
 

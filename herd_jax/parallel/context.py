@@ -13,7 +13,7 @@ from herd_jax.parallel import collectives
 
 
 def zigzag_order(seq_len: int, cp: int) -> np.ndarray:
-    """Row order -> the order in which a sharded row lies on the mesh: `row[zigzag_order(S, cp)]` split in `cp` equal parts.
+    """Returns the order in which a sharded row lies on the mesh: `row[zigzag_order(S, cp)]`, split in `cp` equal parts.
 
     `seq_len` must divide by 2 * cp.
     """
@@ -22,7 +22,7 @@ def zigzag_order(seq_len: int, cp: int) -> np.ndarray:
 
 
 def row_index(num_tokens: int) -> jax.Array:
-    """Index in the row of each of this device's `num_tokens` tokens: int32 [T]."""
+    """Returns the index in the row of each of this device's `num_tokens` tokens: int32 [T]."""
     cp, rank = collectives.axis_size("cp"), lax.axis_index("cp")
     if cp == 1:
         return jnp.arange(num_tokens, dtype=jnp.int32)
@@ -31,7 +31,7 @@ def row_index(num_tokens: int) -> jax.Array:
 
 
 def gather_row(x: jax.Array, dim: int) -> jax.Array:
-    """The whole row, in row order, of which each rank holds its two chunks along `dim`: T -> S = cp * T."""
+    """Returns the whole row, in row order, of which each rank holds its two chunks along `dim`: T -> S = cp * T."""
     cp = collectives.axis_size("cp")
     if cp == 1:
         return x
@@ -44,7 +44,7 @@ def gather_row(x: jax.Array, dim: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_keys(x: jax.Array, dim: int) -> jax.Array:
-    """`gather_row` for keys and values: their cotangents, sums over the cp ranks, are reduced in FP32."""
+    """Does what `gather_row` does, for keys and values: their cotangents, sums over the cp ranks, are reduced in FP32."""
     return gather_row(x, dim)
 
 
@@ -67,21 +67,21 @@ gather_keys.defvjp(_gather_keys_forward, _gather_keys_backward)
 def sum_over_rows(values_BT: jax.Array) -> jax.Array:
     """Returns the sums of whole rows, the same on every cp rank: [B, T] -> [B].
 
-    A loss that is made of them is each cp rank's own, so each counts 1 / cp of it. Then the transpose of the psum, which is a psum, makes
-    the shares of the cotangent one.
+    Each cp rank computes the loss that is made from them, so each must count 1 / cp of it. Then the transpose of the psum, which is a psum,
+    adds these shares of the cotangent up to the whole.
     """
     sums_B = values_BT.sum(-1)
     return sums_B if collectives.axis_size("cp") == 1 else lax.psum(sums_B, "cp")
 
 
 def visible_ranges(segment_ids: jax.Array, branch_ids: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """The ranges of keys that each query sees, in row order: of each range int32 `start` and `end`, shaped as `segment_ids` [..., T].
+    """Returns the ranges of keys that each query sees, in row order: of each range int32 `start` and `end`, shaped as `segment_ids` [..., T].
 
     A query sees its own segment up to itself: start is the first index of the segment in the row, end its own index + 1. A segment is a run
     of equal ids; they are gathered over cp once here, not per layer.
 
     With `branch_ids`, a segment is a trunk (branch 0) and then branches, runs of equal ids, that do not see each other: a query in a branch
-    sees the trunk and its own branch up to itself, in two ranges. Rows of the reward model are such: a prompt and its responses.
+    sees the trunk and its own branch up to itself, in two ranges. The reward model has such rows: a prompt and its responses.
     """
     dim = segment_ids.ndim - 1
     mine = row_index(segment_ids.shape[-1])

@@ -15,7 +15,7 @@ GATHER = ("step", "layer")  # how often weights are gathered
 
 
 def gather_weights(shards, specs, dtype):
-    """One device's shards (a pytree) -> weights whole over FSDP, in the compute dtype `dtype`; tp and pp parts stay parts."""
+    """Gathers one device's shards (a pytree) into weights whole over FSDP, in the compute dtype `dtype`; tp and pp parts stay parts."""
 
     def gather(shard, spec):
         dim = _fsdp_dim(spec)
@@ -26,7 +26,7 @@ def gather_weights(shards, specs, dtype):
 
 
 def reduce_gradients(gradients, specs):
-    """Gradients of this device's tokens -> FP32 sums over all tokens, sharded as the weights are (pp is not summed here)."""
+    """Reduces gradients of this device's tokens to FP32 sums over all tokens, sharded as the weights are (pp is not summed here)."""
 
     def reduce(gradient, spec):
         gradient, dim = gradient.astype(jnp.float32), _fsdp_dim(spec)

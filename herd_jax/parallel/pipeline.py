@@ -1,8 +1,9 @@
 """The pipeline executor: runs any schedule table as one device's share (section 3.3.2 of the paper). It knows no model.
 
 A tick is an operation (part of a forward or a backward of one micro-batch through one stage) and an exchange with the neighbours in pp.
-Loops over layers take no round where the operation is another. tp, cp and dp collectives may happen inside an operation: their groups share
-a pp rank, hence an operation. On one stage there is nothing to schedule: each micro-batch runs forward and backward in turn.
+A loop over layers takes no round in a tick that has another operation. tp, cp and dp collectives may happen inside an operation: the devices
+of such a group share a pp rank, hence an operation. On one stage there is nothing to schedule: each micro-batch runs forward and backward in
+turn.
 
 Where the schedule's latency is 2, a tick sends the results of the tick before and needs what arrives only at its end, so a backend with
 asynchronous communication (GPU, TPU) sends while it computes; on CPU devices an exchange waits for all ranks either way.
@@ -39,14 +40,14 @@ class Program:
     layers_per_stage: tuple[int, ...]  # in stage order
 
     def layer_slots(self) -> int:
-        """Layers that each stage has room for."""
+        """Returns how many layers each stage has room for."""
         return max(1, *self.layers_per_stage)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How stored weights become weights to compute with, and gradients what is accumulated. Each pair maps dicts or layers of one shape
-    to another; both pairs are the identity where that is done once, outside the pipeline."""
+    """How stored weights become weights to compute with (`fetch`), and how a gradient becomes what is accumulated, shaped as the stored weights
+    (`finish`): a pair for the ends and one for a layer. All are the identity where that is done once, outside the pipeline."""
 
     fetch_ends: Callable[[dict], dict] = lambda ends: ends
     finish_ends: Callable[[dict], dict] = lambda gradient: gradient
@@ -55,7 +56,7 @@ class Exchange:
 
 
 def evaluate(program: Program, ends: dict, layers: PyTree, micro_batches: PyTree, schedule: Schedule, exchange: Exchange) -> PyTree:
-    """The head's sums over all micro-batches, forward only; the same on every pp rank, local over dp and cp.
+    """Returns the head's sums over all micro-batches, forward only; the same on every pp rank, local over dp and cp.
 
     `layers`: leaves [layer slots of this rank, ...]; `micro_batches`: leaves [num_micro_batches, ...].
     """
@@ -91,10 +92,10 @@ def evaluate(program: Program, ends: dict, layers: PyTree, micro_batches: PyTree
 def value_and_gradient(
     program: Program, ends: dict, layers: PyTree, micro_batches: PyTree, schedule: Schedule, exchange: Exchange
 ) -> tuple[PyTree, dict, PyTree]:
-    """(the head's sums, gradient of `ends`, gradient of `layers`), summed over micro-batches, accumulated in FP32.
+    """Returns (the head's sums, gradient of `ends`, gradient of `layers`), summed over micro-batches, accumulated in FP32.
 
-    Sums are local over dp and cp and equal on every pp rank. Gradients are shaped as `ends` and `layers`, and as far summed over
-    devices as `exchange` does it; the gradient of `ends` is still to be summed over pp.
+    Sums are local over dp and cp and equal on every pp rank. Gradients are shaped as `ends` and `layers`, and summed over devices only as
+    far as `exchange` sums them; the gradient of `ends` is still to be summed over pp.
     """
     run = _Execution(program, ends, layers, micro_batches, exchange, keep_residuals=True)
 
@@ -106,7 +107,7 @@ def value_and_gradient(
         return {**totals, **jax.tree.map(add, pick(totals, tuple(gradients)), exchange.finish_ends(gradients))}
 
     def head(m, carry):
-        """The last activation becomes its cotangent: the loss, its gradient and that of the head's weights are found together."""
+        """Turns the last activation into its cotangent: the loss, its gradient and that of the head's weights are found together."""
         x_BTD, d_ends, sums = carry
         both = jax.value_and_grad(program.head, argnums=(0, 1), has_aux=True)
         (_, more), (dw, dx_BTD) = both(run.fetch(program.head_keys), x_BTD, run.micro_batch(m))
@@ -177,12 +178,13 @@ def value_and_gradient(
 
 
 def exchange_with_neighbours(result_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the rank before and the next rank have sent: an activation and a cotangent, where they are that."""
+    """Sends the result both ways, and returns what came from the rank before, an activation if it ran a forward, and from the next rank, a
+    cotangent if it ran a backward."""
     return collectives.shift(result_BTD, "pp", 1), collectives.shift(result_BTD, "pp", -1)
 
 
 def when(condition: jax.Array, body, carry):
-    """`body(carry)` if `condition` is 1, else `carry`: a loop of one round or none, whose carry XLA updates in place. What passes through a
+    """Returns `body(carry)` if `condition` is 1, else `carry`: a loop of one round or none, whose carry XLA updates in place. What passes through a
     conditional untouched is copied, which would double the residual store."""
     return lax.fori_loop(0, condition, lambda _, carry: body(carry), carry)
 
@@ -214,7 +216,7 @@ def _my_rows(table: Table):
 
 
 def _receive(buffer, slot, value):
-    """`buffer` with `value` in `slot`, unless slot is -1."""
+    """Returns `buffer` with `value` in `slot`, or as it is where slot is -1."""
     at = jnp.maximum(slot, 0)
     return buffer.at[at].set(jnp.where(slot >= 0, value, buffer[at]))
 

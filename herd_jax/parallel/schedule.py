@@ -2,7 +2,7 @@
 
 The model is cut in PP * V stages; stage s is chunk s // PP of rank s % PP. A tick is the time of one forward. A backward takes two: either
 whole, the upper and then the lower half of the stage's layers, or split, the gradient of the inputs at once and that of the weights when
-there is time. So ranks that wait for each other at every tick wait for nothing where those three are equally long.
+there is time. Ranks wait for each other at every tick; where a forward and both parts of a backward take equally long, no time is lost by it.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ class Schedule:
 
     @property
     def bubble_fraction(self) -> float:
-        """Idle ticks over busy ticks of a rank: (PP - 1) / (V * M) for 1F1B and its interleaved form."""
+        """Returns idle ticks over busy ticks of a rank: (PP - 1) / (V * M) for 1F1B and its interleaved form."""
         busy = np.count_nonzero(self.operation) / self.num_ranks
         return (len(self.operation) - busy) / busy
 
     @property
     def peak_in_flight(self) -> np.ndarray:
-        """Micro-batches of one chunk whose activations each rank holds at most: int [num_ranks]."""
+        """Returns how many micro-batches' activations of one chunk each rank holds at most: int [num_ranks]."""
         begun = np.cumsum(self.operation == FORWARD, axis=0)
         ended = np.cumsum(np.isin(self.operation, (BACKWARD_LOWER, BACKWARD_WEIGHT)), axis=0)
         return np.max(begun - np.vstack([np.zeros_like(ended[:1]), ended[:-1]]), axis=0)
@@ -76,12 +76,12 @@ class PipelineConfig:
             raise UserError("pipeline.schedule 'interleaved' needs pipeline.num_chunks of 2 or more: set it, or choose '1f1b'")
 
     def check_ranks(self, num_ranks: int) -> None:
-        """Raises UserError where the schedule cannot be on so many ranks."""
+        """Raises UserError where the schedule cannot run on so many ranks."""
         if num_ranks == 1 and self.num_chunks > 1:
             raise UserError(f"pipeline.num_chunks is {self.num_chunks} and there is one pipeline rank to hold them: set mesh.pp to 2 or more")
 
     def build(self, num_ranks: int, num_micro_batches: int) -> Schedule:
-        """The schedule of a training step. Raises UserError where it cannot be."""
+        """Returns the schedule of a training step. Raises UserError where there is none."""
         self.check_ranks(num_ranks)
         if num_ranks < 1 or num_micro_batches < 1:
             raise UserError(f"a pipeline of {num_ranks} ranks and {num_micro_batches} micro-batches cannot be: both must be 1 or more")
@@ -97,17 +97,17 @@ class PipelineConfig:
         return _place(orders, num_ranks, self.num_chunks, num_micro_batches, latency)
 
     def build_evaluation(self, num_ranks: int, num_micro_batches: int) -> Schedule:
-        """Forwards only, chunk by chunk as in the training step."""
+        """Returns the schedule of an evaluation: forwards only, chunk by chunk as in the training step."""
         groups = _groups(num_micro_batches, self.contiguous_micro_batches or num_ranks)
         order = [(FORWARD, *item) for item in _forward_order(groups, self.num_chunks)]
         return _place([order] * num_ranks, num_ranks, self.num_chunks, num_micro_batches, latency=1)
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """The layers of each stage. The embedding and the output head count as a layer each, so the first and the last stage hold fewer.
+    """Returns the layers of each stage. The embedding and the output head count as a layer each, so the first and the last stage hold fewer.
 
-    126 layers on 128 stages leave the first and the last without one (the paper's balance); of layers that do not divide,
-    the extra ones go where the fewest are.
+    126 layers on 128 stages leave the first and the last without one (the paper's balance). Where layers do not divide
+    evenly, the extra ones go to the stages that have the fewest.
     """
     load, count = [0] * num_stages, [0] * num_stages
     load[0] += 1
@@ -121,14 +121,14 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
 
 
 def _groups(num_micro_batches: int, contiguous: int) -> list[range]:
-    """Micro-batches that a chunk runs in a row: as few groups of at most `contiguous` as there can be, as equal as they can be."""
+    """Returns the micro-batches that a chunk runs in a row: as few groups of at most `contiguous` as there can be, as equal as they can be."""
     count = -(-num_micro_batches // contiguous)
     edges = [num_micro_batches * i // count for i in range(count + 1)]
     return [range(start, stop) for start, stop in zip(edges[:-1], edges[1:])]
 
 
 def _forward_order(groups: list[range], num_chunks: int) -> list[tuple[int, int]]:
-    """(micro-batch, chunk), the same on every rank."""
+    """Returns the forwards in order as (micro-batch, chunk), the same on every rank."""
     return [(m, chunk) for group in groups for chunk in range(num_chunks) for m in group]
 
 
@@ -137,15 +137,16 @@ def _backward_order(groups: list[range], num_chunks: int) -> list[tuple[int, int
 
 
 def _forwards_ahead(groups: list[range], rank: int, num_ranks: int, num_chunks: int, latency: int) -> int:
-    """How many forwards a rank does before it alternates: those of the chunks before the last one, and one for each rank that the first
-    micro-batch has still to visit. With fewer micro-batches in a row than half of those ranks, more would wait for each other in a circle."""
+    """Returns how many forwards a rank does before it alternates: those of the chunks before the last one, and one for each rank that the first
+    micro-batch has still to visit. With several chunks, these are at most twice the smallest group: with more, ranks would wait in a circle."""
     sizes = [len(group) for group in groups]
     to_visit = latency * (num_ranks - 1 - rank)
     return (num_chunks - 1) * max(sizes) + (min(to_visit, 2 * min(sizes)) if num_chunks > 1 else to_visit)
 
 
 def _alternate(forwards, backwards, ahead: int, backward: int) -> list[tuple[int, int, int]]:
-    """`ahead` forwards, then a forward and a backward in turn, then the backwards that are left: (operation, micro-batch, chunk)."""
+    """Returns a rank's operations in order, as (operation, micro-batch, chunk): `ahead` forwards, then a forward and a backward in turn, then
+    the backwards that are left."""
     order = [(FORWARD, *item) for item in forwards[:ahead]]
     for i, item in enumerate(backwards):
         order += [(FORWARD, *item) for item in forwards[ahead + i : ahead + i + 1]]
@@ -154,10 +155,10 @@ def _alternate(forwards, backwards, ahead: int, backward: int) -> list[tuple[int
 
 
 def _place(orders, num_ranks: int, num_chunks: int, num_micro_batches: int, latency: int) -> Schedule:
-    """Gives each operation the first tick at which what it needs is there, keeping each rank's order.
+    """Gives each operation the first tick at which what it needs is there, and keeps each rank's order.
 
-    Where backwards are split, a rank that would wait does a gradient of the weights that is left over, and so does one that has more of them
-    than it can use to fill its wait at the end.
+    Where backwards are split, a rank that would wait computes a gradient of weights that it has put off, and so does one that has put off
+    more of them than it needs to fill its wait at the end.
     """
     last_stage, never = num_ranks * num_chunks - 1, 1 << 40
     sent = {FORWARD: {}, BACKWARD_LOWER: {}}  # (stage, micro-batch) -> tick at which the result is known

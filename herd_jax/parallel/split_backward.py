@@ -1,8 +1,8 @@
 """A backward cut in two: the gradient of the input, which the stage before waits for, and the gradient of the weights, which can wait.
 
 The cut is found in the backward's jaxpr, so it knows no model. The matrix products (and other dear operations) that only weights need are
-left for the second part. What that part needs and cannot cheaply make again from what is at hand anyway is kept: the cotangents
-of the products' outputs. Nothing is computed twice but element-wise operations and gathers of what is kept in parts.
+left for the second part. What that part needs is kept, unless it can cheaply be made again from arrays at hand: kept are the cotangents
+of the products' outputs. Nothing is computed twice but element-wise operations, and gathers whose sharded input is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _MOVES = ("all_gather", "reshape", "transpose", "convert_element_type", "broadca
 class SplitBackward:
     """`backward(known, cotangent) -> (gradient of the weights, gradient of the input)`, cut in two.
 
-    `known` is a pytree of arrays at hand for both parts. Made anew in each trace that uses it: the cut is a function of shapes alone.
+    `known` is a pytree of arrays at hand for both parts. Each trace makes its own object: the cut depends on shapes alone, so it is the same.
     """
 
     def __init__(self, backward: Callable[[PyTree, jax.Array], tuple[PyTree, jax.Array]], known: PyTree, cotangent: jax.Array):
@@ -70,13 +70,13 @@ class SplitBackward:
         return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.kept]
 
     def input_part(self, cotangent: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """(gradient of the input, what is kept for `weight_part`)."""
+        """Returns (gradient of the input, what is kept for `weight_part`)."""
         env = self._environment([*self.known, cotangent])
         _evaluate(self.jaxpr, self.early, env)
         return _read(env, self.jaxpr.outvars[-1]), [env[var] for var in self.kept]
 
     def weight_part(self, kept: Sequence[jax.Array]) -> PyTree:
-        """The gradient of the weights."""
+        """Returns the gradient of the weights."""
         env = self._environment(self.known) | dict(zip(self.kept, kept, strict=True))
         _evaluate(self.jaxpr, self.late, env)
         return jax.tree.unflatten(self.gradient_tree, [_read(env, var) for var in self.jaxpr.outvars[:-1]])
@@ -86,7 +86,7 @@ class SplitBackward:
 
 
 def _inlined(backward, known, cotangent):
-    """`backward` as a function of leaves whose jaxpr has no calls in it."""
+    """Returns `backward` as a function of leaves whose jaxpr has no calls in it."""
     tree = jax.tree.structure(known)
 
     def flat(*arguments):
@@ -135,7 +135,7 @@ def _size(var) -> int:
 
 
 def _ancestors(variables, producer: dict) -> set[int]:
-    """ids of the equations from which `variables` follow."""
+    """Returns the ids of the equations on which `variables` depend."""
     found, wanted = set(), [var for var in variables if not isinstance(var, core.Literal)]
     while wanted:
         eqn = producer.get(wanted.pop())
@@ -146,6 +146,6 @@ def _ancestors(variables, producer: dict) -> set[int]:
 
 
 def is_dear(eqn) -> bool:
-    """Matrix products, communication, loops, kernels and calls to the host."""
+    """Returns whether an equation is dear: a matrix product, communication, a loop, a kernel or a call to the host."""
     has_body = any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in jax.tree.leaves(tuple(eqn.params.values())))
     return eqn.primitive.name in ("dot_general", "pallas_call", "ffi_call", "pure_callback", *_COLLECTIVES) or has_body

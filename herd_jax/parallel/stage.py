@@ -52,7 +52,7 @@ class LayerVjp:
         return cls(layer, found["tree"], found["sources"], stored)
 
     def forward(self, weights: PyTree, x_BTD: jax.Array, micro_batch: PyTree) -> tuple[jax.Array, list[jax.Array]]:
-        """The layer's output and the residuals to store."""
+        """Returns the layer's output and the residuals to store."""
         y_BTD, vjp = jax.vjp(lambda w, x: self.layer(w, x, micro_batch), weights, x_BTD)
         residuals = [None] * len(self.stored)
         for leaf, (kind, index) in zip(jax.tree.leaves(vjp), self.sources, strict=True):
@@ -61,19 +61,19 @@ class LayerVjp:
         return y_BTD, residuals
 
     def backward(self, weights: PyTree, residuals: list[jax.Array], micro_batch: PyTree, dy_BTD: jax.Array):
-        """(gradient of the weights, cotangent of the layer's input)."""
+        """Returns (gradient of the weights, cotangent of the layer's input)."""
         known = jax.tree.leaves((weights, micro_batch))
         leaves = [(known if kind == "known" else residuals)[index] for kind, index in self.sources]
         return jax.tree.unflatten(self.tree, leaves)(dy_BTD)
 
     def split(self, weights: PyTree, residuals: list[jax.Array], micro_batch: PyTree, dy_BTD: jax.Array) -> SplitBackward:
-        """`backward` in two parts; `dy_BTD` may be a shape."""
+        """Returns `backward` in two parts; `dy_BTD` may be a shape."""
         return SplitBackward(lambda known, dy_BTD: self.backward(*known, dy_BTD), (weights, residuals, micro_batch), dy_BTD)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The stacked layers of a rank, and how to come by the weights of one and be rid of its gradient."""
+    """The stacked layers of a rank, how the weights of one are fetched, and what is done with its gradient."""
 
     vjp: LayerVjp
     weights: PyTree  # leaves [layer slots of the rank, ...]
@@ -84,11 +84,11 @@ class Layers:
         return self.fetch(jax.tree.map(lambda w: w[index], self.weights))
 
     def empty_store(self, num_slots: int, num_layers: int) -> "Store":
-        """Slots for the residuals of `num_slots` micro-batches."""
+        """Returns slots for the residuals of `num_slots` micro-batches."""
         return Store.empty(self.vjp.stored, num_slots, num_layers)
 
     def empty_kept(self, num_slots: int, num_layers: int, x_BTD, micro_batch) -> "Store":
-        """Slots for the cotangents kept between the two parts of a backward."""
+        """Returns slots for the cotangents kept between the two parts of a backward."""
         weights, shapes = jax.eval_shape(lambda: self.weights_of(0)), []
 
         def probe(weights, residuals, micro_batch, x_BTD):
@@ -100,11 +100,11 @@ class Layers:
         return Store.empty(shapes, num_slots, num_layers)
 
     def apply(self, x_BTD, micro_batch, at, count) -> jax.Array:
-        """The layers in `count` slots from `at`, no residuals kept."""
+        """Runs the layers in `count` slots from `at`, and keeps no residuals."""
         return loop(count, lambda i, x: self.vjp.layer(self.weights_of(at + i), x, micro_batch), x_BTD)
 
     def forward(self, store, slot, x_BTD, micro_batch, at, count) -> tuple[jax.Array, "Store"]:
-        """As `apply`, with the residuals written to `slot` of `store`."""
+        """Runs the layers as `apply` does, and writes the residuals to `slot` of `store`."""
 
         def body(i, carry):
             x_BTD, store = carry
@@ -114,8 +114,8 @@ class Layers:
         return loop(count, body, (x_BTD, store))
 
     def backward(self, store, slot, dy_BTD, micro_batch, at, first, count, gradients) -> tuple[jax.Array, PyTree]:
-        """Layers first + count - 1 .. first of the chunk whose slots begin at `at`: the cotangent of the first one's input, and `gradients`
-        (FP32, shaped as `weights`) with these layers' added."""
+        """Runs layers first + count - 1 .. first, of the chunk whose slots begin at `at`, backward. Returns the cotangent of the first one's
+        input, and `gradients` (FP32, shaped as `weights`) with these layers' added."""
 
         def body(i, carry):
             dy_BTD, gradients = carry
@@ -126,7 +126,7 @@ class Layers:
         return loop(count, body, (dy_BTD, gradients))
 
     def backward_input(self, store, slot, kept, kept_slot, dy_BTD, micro_batch, at, first, count) -> tuple[jax.Array, "Store"]:
-        """As `backward`, without the gradients: what they need is written to `kept_slot` of `kept`."""
+        """Does what `backward` does, without the gradients: what they need is written to `kept_slot` of `kept`."""
 
         def body(i, carry):
             dy_BTD, kept = carry
@@ -138,7 +138,7 @@ class Layers:
         return loop(count, body, (dy_BTD, kept))
 
     def backward_weight(self, store, slot, kept, kept_slot, x_BTD, micro_batch, at, first, count, gradients) -> PyTree:
-        """`gradients` with those of the layers that `backward_input` left out added; of `x_BTD` only the shape counts."""
+        """Returns `gradients` with those added that `backward_input` left out; of `x_BTD` only the shape counts."""
 
         def body(i, gradients):
             split = self.vjp.split(self.weights_of(at + first + i), store.read(slot, first + i), micro_batch, x_BTD)
@@ -155,8 +155,8 @@ class Layers:
 class Store:
     """Where values of each layer wait, by slot: leaves [num_slots * num_layers, ...].
 
-    There are at least two rows: of a store with one row XLA would see that the layer's index does not matter, and do the layer's work before the
-    loop over layers, also where the loop takes no round.
+    There are at least two rows. With one, XLA would see that the layer's index does not matter, and do the layer's work before the loop over
+    layers, even where the loop takes no round.
     """
 
     rows: list[jax.Array]
@@ -175,5 +175,5 @@ class Store:
 
 
 def loop(count, body, carry):
-    """`lax.fori_loop` from 0; a traced `count` may differ between pipeline ranks."""
+    """Runs `lax.fori_loop` from 0; a traced `count` may differ between pipeline ranks."""
     return lax.fori_loop(0, count, body, carry)

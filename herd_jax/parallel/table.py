@@ -53,12 +53,12 @@ class Table:
 
     @property
     def most_kept_layers(self) -> int:
-        """Layers for which a kept slot has room."""
+        """Returns the number of layers for which a kept slot has room."""
         return int(self.column("input_count").max(initial=0))
 
 
 def halves(num_layers: int, has_head: bool) -> tuple[range, range]:
-    """(layers that go backward whole in the upper half, the layer split between the halves or none); what is below is the lower half's.
+    """Returns (layers that go backward whole in the upper half, the layer split between the halves or none); those below are the lower half's.
 
     The head counts as a layer, on top.
     """
@@ -68,7 +68,7 @@ def halves(num_layers: int, has_head: bool) -> tuple[range, range]:
 
 
 def lower(schedule: Schedule, layers_per_stage: tuple[int, ...]) -> Table:
-    """The table of a schedule. A slot is used again as soon as its value is consumed, so buffers hold what is in flight and no more."""
+    """Returns the table of a schedule. A slot is used again as soon as its value is consumed, so buffers hold what is in flight and no more."""
     num_ticks, num_ranks = schedule.operation.shape
     column = {name: np.full((num_ticks, num_ranks), -1 if name in SLOTS else 0, np.int32) for name in COLUMNS}
     evaluates = not (schedule.operation > FORWARD).any()
@@ -84,7 +84,7 @@ def lower(schedule: Schedule, layers_per_stage: tuple[int, ...]) -> Table:
 
 
 def _layers(column, at, operation: int, stage: int, layers_per_stage, evaluates: bool) -> None:
-    """Which layers, and whether the embedding and the head, in one tick of one rank."""
+    """Fills in which layers run in one tick of one rank, and whether the embedding and the head do."""
     num_layers, last = layers_per_stage[stage], stage == len(layers_per_stage) - 1
     upper, middle = halves(num_layers, last)
 
@@ -149,7 +149,7 @@ def _slots(schedule: Schedule, when: dict, column: dict) -> tuple[int, int, int,
 
 
 def _assign(intervals, column: dict, rank: int) -> int:
-    """Greedy colouring of intervals: fills in the slots' columns, returns how many slots it took.
+    """Gives each interval the first free slot (greedy colouring): fills in the slots' columns, returns how many slots it took.
 
     A slot read in a tick may be written at that tick's end by what arrives. A rank's own results are written during a tick, but since a
     rank does one operation a tick, none is written by another operation than the one that reads.

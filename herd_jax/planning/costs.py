@@ -1,6 +1,6 @@
 """What each operation of the pipeline multiplies, moves through memory and sends, and how long that takes.
 
-Everything is an array [3]: seconds, seconds that hide behind others, and bytes that a device sends.
+Each cost is an array [3]: seconds, seconds that are hidden behind other work, and bytes that a device sends.
 """
 
 import math
@@ -11,7 +11,7 @@ from herd_jax.planning.job import Job
 
 # Shares of the hardware's rates that are reached, the same for all jobs. The first two are fitted to the three rows of table 4 of the
 # paper, whose schedule and kernels are not published. They lie at the upper end of what such kernels reach, since the pipeline that is
-# simulated here waits more than one whose ranks exchange only what is needed, when it is there.
+# simulated here, whose ranks exchange messages at every tick, waits more than one whose ranks send only what is needed, when it is there.
 MATMUL_EFFICIENCY = 0.75  # large BF16 matmuls on an H100 within its 700 W: 0.6 to 0.8
 ATTENTION_EFFICIENCY = 0.60  # FlashAttention-3 on an H100 (figures of its paper): 0.65 forward, about 0.55 backward
 MEMORY_EFFICIENCY = 0.8  # what element-wise kernels reach of the memory's bandwidth; ours
@@ -25,12 +25,15 @@ Work = dict[str, np.ndarray]  # kind -> [seconds, hidden seconds, bytes]
 
 
 def keys_seen(job: Job) -> float:
-    """By a query, on average: those of its document up to itself. Documents count as equally long (of unequal ones, more are seen)."""
+    """Returns how many keys a query sees on average: those of its document up to itself.
+
+    Documents count as equally long; where they are not, more keys are seen.
+    """
     return (min(job.seq_len, job.mean_document_length or job.seq_len) + 1) / 2
 
 
 def operations(job: Job) -> dict[str, Work]:
-    """What each operation on one micro-batch takes: those of one layer, and those of the ends."""
+    """Returns what each operation on one micro-batch takes: those of one layer, and those of the ends."""
     model, value_bytes = job.model, job.hardware.value_bytes
     layer, head = model.layer_matrices, model.head_matrix
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
@@ -40,17 +43,17 @@ def operations(job: Job) -> dict[str, Work]:
         return _seconds(2 * passes * tokens * matrices / job.tp / (job.hardware.peak_flops * MATMUL_EFFICIENCY))
 
     def memory(elements: float) -> np.ndarray:
-        """Values of each token, read or written by a tp group."""
+        """Returns what it takes a tp group to read or write so many values of each token."""
         return tokens * elements / job.tp * value_bytes * _memory(job)
 
     def accumulate(matrices: int) -> np.ndarray:
-        """An FP32 gradient read and written."""
+        """Returns what it takes to read and write an FP32 gradient."""
         return 2 * GRADIENT_BYTES * matrices / job.tp * _memory(job)
 
     attention = _seconds(_attention_flops(job) / (job.hardware.peak_flops * ATTENTION_EFFICIENCY))
     # Two norms and two sums with the residual stream; rotations; the gated product.
     elements = 10 * model.dim + 2 * qkv + 3 * model.ffn_dim
-    # Cotangents that wait for the weights' half of a split backward, written in one and read in the other.
+    # Cotangents that wait for the weights' half of a split backward, written in the inputs' half and read in the weights'.
     kept = memory(qkv + 2 * model.ffn_dim + 2 * model.dim)
     product = matmul(layer)
     hidden, keys = _hidden(job), _keys(job)
@@ -68,8 +71,8 @@ def operations(job: Job) -> dict[str, Work]:
         matmul=product, attention=2.5 * attention, memory=memory(3 * elements), cp=_keys(job, GRADIENT_BYTES), dp=fetch,
     ))  # fmt: skip
     into_weight = _work(matmul=product, memory=accumulate(layer), dp=finish)
-    # The cotangent of each block is gathered, that of its input summed, its input gathered once more for the gradient of the weights. The
-    # latter two need not wait for, nor be waited for by, the matmuls of the weights' gradients. Split off, these need the cotangents too.
+    # For each block the cotangent of its output is gathered, that of its input summed, and its input gathered once more for the gradient of
+    # the weights. The last two run beside the matmuls of the weights' gradients. Where these are split off, they gather the cotangents too.
     return {
         "forward": forward,
         "backward": _add(into_input, into_weight, _work(tp=2 * hidden + _behind(4 * hidden, product))),
@@ -86,7 +89,8 @@ def operations(job: Job) -> dict[str, Work]:
 
 
 def message(job: Job) -> np.ndarray:
-    """Of one tick: an activation to the next rank and a cotangent to the one before, which leave a device by one port."""
+    """Returns what the messages of one tick take: an activation to the next rank and a cotangent to the one before, which leave a device by
+    one port."""
     if job.pp == 1:
         return _NOTHING
     num_bytes = 2 * _tokens(job) * job.model.dim / job.tp * job.hardware.value_bytes
@@ -95,8 +99,8 @@ def message(job: Job) -> np.ndarray:
 
 
 def once_a_step(job: Job) -> Work:
-    """Before the first tick and after the last: FSDP's weights and gradients, the sum over pp of the ends' gradients (every rank has these
-    weights), and the optimizer's update."""
+    """Returns what is done before the first tick and after the last: FSDP's weights and gradients, the sum over pp of the ends' gradients
+    (every rank has these weights), and the optimizer's update."""
     fsdp, exchanged = job.dp * job.cp, _NOTHING
     if job.gather == "step":
         exchanged = _fsdp(job, _parameters(job), job.hardware.value_bytes) + _fsdp(job, _parameters(job), GRADIENT_BYTES)
@@ -105,7 +109,8 @@ def once_a_step(job: Job) -> Work:
 
 
 def least_memory(job: Job) -> float:
-    """Bytes below which a device does not come: FP32 weights, two moments and gradients, these whole where they are reduced once a step."""
+    """Returns the bytes that a device needs at least: FP32 weights, two moments, and gradients, which are whole where they are reduced once a
+    step."""
     fsdp = job.dp * job.cp
     return _parameters(job) / job.tp * (12 / fsdp + GRADIENT_BYTES / (1 if job.gather == "step" else fsdp))
 
@@ -114,7 +119,7 @@ _NOTHING = np.zeros(3)
 
 
 def _parameters(job: Job) -> int:
-    """Of one pp rank: slots for layers, and the ends, which every rank has."""
+    """Returns the number of parameters of one pp rank: its slots for layers, and the ends, which every rank has."""
     slots = max(1, *job.layers_per_stage) * job.pipeline.num_chunks
     return slots * job.model.layer_matrices + _ends(job)
 
@@ -128,7 +133,7 @@ def _seconds(seconds: float) -> np.ndarray:
 
 
 def _behind(sent: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """`sent` while `work` is done: as long as that takes, it hides."""
+    """Returns the cost of `sent` while `work` is done, which hides it for as long as the work takes."""
     hidden = min(sent[0], work[0])
     return sent + [-hidden, hidden, 0]
 
@@ -142,33 +147,34 @@ def _add(*works: Work) -> Work:
 
 
 def _memory(job: Job) -> np.ndarray:
-    """Of a byte read or written."""
+    """Returns what a byte read or written takes."""
     return _seconds(1 / (job.hardware.memory_bandwidth * MEMORY_EFFICIENCY))
 
 
 def _tokens(job: Job) -> int:
-    """Of a micro-batch, in a tp group."""
+    """Returns the number of tokens of a micro-batch in a tp group."""
     return job.micro_batch_size * job.seq_len // job.cp
 
 
 def _attention_flops(job: Job) -> float:
-    """Of a layer's forward: two products of each head, query and key seen. Zigzag chunks give each cp rank the same share."""
+    """Returns attention's FLOPs in a layer's forward: two products of each head, query and key seen. Zigzag chunks give each cp rank the same
+    share."""
     return 4 * _tokens(job) * keys_seen(job) * job.model.num_heads * job.model.head_dim / job.tp
 
 
 def _hidden(job: Job) -> np.ndarray:
-    """The residual stream gathered, or summed and scattered, over tp."""
+    """Returns what it takes to gather, or to sum and scatter, the residual stream over tp."""
     return _ring(job, _tokens(job) * job.model.dim * job.hardware.value_bytes, "tp")
 
 
 def _keys(job: Job, value_bytes: int | None = None) -> np.ndarray:
-    """A layer's keys and values of the row gathered over cp, or their gradients summed and scattered."""
+    """Returns what it takes to gather a layer's keys and values of the row over cp, or to sum and scatter their gradients."""
     num_values = 2 * job.micro_batch_size * job.seq_len * job.model.num_kv_heads * job.model.head_dim / job.tp
     return _ring(job, num_values * (value_bytes or job.hardware.value_bytes), "cp")
 
 
 def _fsdp(job: Job, num_parameters: int, value_bytes: int) -> np.ndarray:
-    """Parameters, of which a tp rank has its part, gathered or summed and scattered over dp and cp."""
+    """Returns what it takes to gather, or to sum and scatter, a tp rank's part of parameters over dp and cp."""
     return _ring(job, num_parameters / job.tp * value_bytes, "dp", "cp")
 
 
@@ -177,7 +183,7 @@ def _by_layer(job: Job, num_parameters: int, value_bytes: int) -> np.ndarray:
 
 
 def _ring(job: Job, num_bytes: float, *axes: str) -> np.ndarray:
-    """An all-gather to, or a reduce-scatter of, `num_bytes` on each device: a ring sends all but a device's own part."""
+    """Returns what an all-gather to, or a reduce-scatter of, `num_bytes` on each device takes: a ring sends all but a device's own part."""
     size = math.prod(getattr(job, axis) for axis in axes)
     if size == 1:
         return _NOTHING
@@ -187,6 +193,6 @@ def _ring(job: Job, num_bytes: float, *axes: str) -> np.ndarray:
 
 
 def _in_node(job: Job, axis: str) -> int:
-    """How many devices along a mesh axis one node holds: ranks are numbered tp first, then cp, pp and dp."""
+    """Returns how many devices along a mesh axis one node holds: ranks are numbered tp first, then cp, pp and dp."""
     stride = {"tp": 1, "cp": job.tp, "pp": job.tp * job.cp, "dp": job.tp * job.cp * job.pp}[axis]
     return min(getattr(job, axis), max(1, job.hardware.devices_per_node // stride))

@@ -11,7 +11,7 @@ from herd_jax.parallel.schedule import BACKWARD_INPUT, BACKWARD_LOWER, BACKWARD_
 
 LINE_WIDTH = 120  # characters of a line of text
 GIB = 2**30
-KINDS = {  # of a block: name in the legend, colour map whose shades tell the chunks
+KINDS = {  # operation -> name in the legend, colour map with a shade for each chunk
     FORWARD: ("forward", "Blues"),
     BACKWARD_UPPER: ("backward", "Oranges"),
     BACKWARD_INPUT: ("input gradient", "Oranges"),
@@ -20,7 +20,7 @@ KINDS = {  # of a block: name in the legend, colour map whose shades tell the ch
 
 
 def schedule_text(schedule: Schedule) -> list[str]:
-    """Lines of a picture for the terminal, one line a rank and one cell a tick, then what can be counted in it.
+    """Returns the lines of a picture for the terminal, a line for each rank and a cell for each tick, then what can be counted in it.
 
     A chunk is a letter, small in the forward, large in the backward; where the backward takes two ticks, `=` fills the second one.
     Raises UserError where there are more chunks than letters.
@@ -71,7 +71,7 @@ def _counts(schedule: Schedule) -> list[str]:
 
 
 def _stages(schedule: Schedule) -> list[list[int]]:
-    """The stages of each rank, by chunk."""
+    """Returns the stages of each rank, by chunk."""
     return [[chunk * schedule.num_ranks + rank for chunk in range(schedule.num_chunks)] for rank in range(schedule.num_ranks)]
 
 
@@ -80,9 +80,9 @@ def _stages_text(stages: list[int]) -> str:
 
 
 def draw_schedule(schedule: Schedule, path: str | Path) -> None:
-    """Draws a lane a rank and a block an operation, with the micro-batch's number in it where it fits, to a .png or .svg file.
+    """Draws a lane for each rank and a block for each operation, with the micro-batch's number in it where it fits, to a .png or .svg file.
 
-    Raises UserError where matplotlib is missing or the file cannot be.
+    Raises UserError where matplotlib is missing or the file cannot be made.
     """
     num_ticks, num_ranks = schedule.operation.shape
     tick_inches = np.clip(15 / num_ticks, 0.1, 0.3) if num_ticks > 20 else 6 / num_ticks
@@ -120,7 +120,7 @@ def draw_schedule(schedule: Schedule, path: str | Path) -> None:
 def draw_memory(memory_bytes: dict[str, float], capacity_bytes: float, path: str | Path) -> None:
     """Draws bytes of one device by kind as one stacked bar against its capacity, to a .png or .svg file; an entry `total` is left out.
 
-    Raises UserError where matplotlib is missing or the file cannot be.
+    Raises UserError where matplotlib is missing or the file cannot be made.
     """
     kinds = {kind: size / GIB for kind, size in memory_bytes.items() if kind != "total"}
     total, capacity = sum(kinds.values()), capacity_bytes / GIB
@@ -145,7 +145,7 @@ def draw_memory(memory_bytes: dict[str, float], capacity_bytes: float, path: str
 def draw_mfu(points: list[tuple[int, float, str]], path: str | Path) -> None:
     """Draws (number of GPUs, MFU from 0 to 1, label) to a .png or .svg file; points of the same label are joined.
 
-    Raises UserError where matplotlib is missing or the file cannot be.
+    Raises UserError where matplotlib is missing or the file cannot be made.
     """
     series: dict[str, list[tuple[int, float]]] = {}
     for num_gpus, mfu, label in points:
@@ -173,19 +173,19 @@ def draw_mfu(points: list[tuple[int, float, str]], path: str | Path) -> None:
 
 
 def _shades(colour_map: str, count: int) -> list[tuple[float, ...]]:
-    """`count` colours from light to dark."""
+    """Returns `count` colours from light to dark."""
     from matplotlib import colormaps
 
     return [colormaps[colour_map](x) for x in (np.linspace(0.25, 0.7, count) if count > 1 else [0.45])]
 
 
 def _distinct(colour_map: str, count: int) -> list[tuple[float, ...]]:
-    """`count` colours of a map that has eight, from the first again after the last."""
+    """Returns `count` colours of a map that has eight, from the first again after the last."""
     from matplotlib import colormaps
 
     return [colormaps[colour_map](i % 8) for i in range(count)]
 
 
 def _ink(fill: tuple[float, ...]) -> str:
-    """The colour of text that can be read on a colour."""
+    """Returns the colour of text that can be read on a colour."""
     return "white" if np.dot(fill[:3], (0.3, 0.6, 0.1)) < 0.55 else "black"

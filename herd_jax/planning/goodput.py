@@ -1,6 +1,6 @@
 """How much of a run is training when hardware fails: its "effective training time", useful over elapsed time (section 3.3.4 of the paper).
 
-Simulates a run and, beside it, other numbers of GPUs, each over checkpoint intervals.
+Simulates a run, and for comparison runs on other numbers of GPUs, each with many checkpoint intervals.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from herd_jax.planning.interruptions import (
 SCALES = (16_384, 32_768, 100_000, 1_000_000)
 MOST_FAILURES = 1_000_000  # simulated for one seed, to bound time and memory
 HOUR = 3_600  # seconds
-NEAR_BEST = 0.001  # an interval that gives this much less effective time is as good as the best
+NEAR_BEST = 0.001  # an interval counts as good as the best if its effective fraction is at most this much lower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Scale:
 
     @property
     def best_s(self) -> float:
-        """The interval of those tried that gives the most effective time."""
+        """Returns the interval, of those tried, that gives the most effective time."""
         return float(self.intervals_s[np.argmax(self.mean)])
 
     @property
     def near_best_s(self) -> tuple[float, float]:
-        """Shortest and longest of the intervals that are as good as the best, within NEAR_BEST."""
+        """Returns the shortest and the longest of the intervals that are as good as the best, within NEAR_BEST."""
         near = self.intervals_s[self.mean >= self.mean.max() - NEAR_BEST]
         return float(near[0]), float(near[-1])
 
@@ -76,7 +76,7 @@ class GoodputReport:
         return next(scale for scale in self.scales if scale.num_gpus == self.num_gpus)
 
     def to_dict(self) -> dict:
-        """For JSON: fractions of 1, seconds, and hours; means over seeds unless named otherwise."""
+        """Returns the report for JSON: fractions of 1, seconds, and hours; means over seeds unless named otherwise."""
         return {
             "num_gpus": self.num_gpus,
             "days": self.days,
@@ -107,7 +107,7 @@ class GoodputReport:
         }
 
     def lines(self) -> list[str]:
-        """The report as text."""
+        """Returns the report as text."""
         run, used, elapsed = self.run, _spread(self.run.used), 24 * self.days
         unexpected = _spread(sum(self.unexpected.values()))
         shortest, longest = run.near_best_s
@@ -148,9 +148,9 @@ class GoodputReport:
 
 
 def report(num_gpus: int, days: float, num_seeds: int = 20, seed: int = 0, constants: GoodputConfig = GoodputConfig()) -> GoodputReport:
-    """Simulates a run of `days` of wall time `num_seeds` times, the same for the same `seed`, and other numbers of GPUs beside it.
+    """Simulates a run of `days` of wall time `num_seeds` times, and for comparison runs on other numbers of GPUs.
 
-    Raises UserError where a size cannot be.
+    The same `seed` gives the same report. Raises UserError for an impossible number.
     """
     if num_gpus < 1:
         raise UserError(f"gpus is {num_gpus}: it must be 1 or more")
@@ -198,7 +198,10 @@ def _scale(num_gpus: int, days: float, config: GoodputConfig, runs: list[Interru
 
 
 def draw(goodput: GoodputReport, path: str) -> None:
-    """Effective time over checkpoint interval, a curve for each number of GPUs, as a .png or .svg. Raises UserError where it cannot be."""
+    """Draws effective time over checkpoint interval, a curve for each number of GPUs, to a .png or .svg file.
+
+    Raises UserError where it cannot be made.
+    """
     with figure_file(path, 8, 5) as figure:
         axes = figure.add_subplot()
         for scale in goodput.scales:
@@ -222,6 +225,6 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _duration(seconds: float) -> str:
-    """In the largest unit of which there are ten, to about three digits."""
+    """Returns a time in the largest unit of which there are ten or more, with about three digits."""
     unit, name = next(((unit, name) for unit, name in ((DAY, "d"), (HOUR, "h"), (60, "min")) if seconds >= 10 * unit), (1, "s"))
     return f"{seconds / unit:.{0 if seconds >= 100 * unit else 1}f} {name}"

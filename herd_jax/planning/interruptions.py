@@ -89,27 +89,28 @@ class GoodputConfig:
 
     @property
     def detection_s(self) -> np.ndarray:
-        """By cause."""
+        """Returns, by cause, the time until an interruption is found."""
         return np.array([getattr(self, f"{cause.symptom}_detection_s") for cause in CAUSES], float)
 
     @property
     def repair_s(self) -> np.ndarray:
-        """By cause: the restart, and the replacement of the host where there is one."""
+        """Returns, by cause, the time of the restart, and of the replacement of the host where there is one."""
         return np.array([self.restart_s + self.replace_host_s * cause.replaces_host for cause in CAUSES], float)
 
 
 def time_between_failures(num_gpus: int) -> float:
-    """Mean seconds between unexpected interruptions, at the paper's rate for each GPU."""
+    """Returns the mean seconds between unexpected interruptions, at the paper's rate for each GPU."""
     return 1 / (FAILURES_PER_GPU_SECOND * num_gpus)
 
 
 def young(save_stall_s: float, between_failures_s: float) -> float:
-    """Seconds of training between saves: Young, "A first order approximation to the optimum checkpoint interval" (1974)."""
+    """Returns the best seconds of training between saves by Young, "A first order approximation to the optimum checkpoint interval" (1974)."""
     return math.sqrt(2 * save_stall_s * between_failures_s)
 
 
 def daly(save_stall_s: float, between_failures_s: float) -> float:
-    """Seconds of training between saves: Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (2006)."""
+    """Returns the best seconds of training between saves by Daly, "A higher order estimate of the optimum checkpoint interval for restart
+    dumps" (2006)."""
     ratio = save_stall_s / (2 * between_failures_s)
     if ratio >= 1:
         return between_failures_s
@@ -117,10 +118,11 @@ def daly(save_stall_s: float, between_failures_s: float) -> float:
 
 
 def expected(num_gpus: int, config: GoodputConfig) -> float:
-    """The effective fraction to expect, from a formula: Daly's model, with causes that differ and saves that count only once written.
+    """Returns the effective fraction to expect, from a formula: Daly's model, with causes that differ and saves that count only once written.
 
     A cycle of training counts if nothing undetected is left from before it, no failure comes during the restart, and none until its save
-    is written. Exact for exponential waits where all causes cost the same and nothing is planned; else those are right to first order.
+    is written. The formula is exact for exponential waits where all causes cost the same and nothing is planned; else it is right to
+    first order in these.
     """
     rate = 1 / time_between_failures(num_gpus)
     cycle = config.checkpoint_interval_s + config.save_stall_s
@@ -142,7 +144,7 @@ class Interruptions:
 
     @classmethod
     def draw(cls, num_gpus: int, seconds: float, rng: np.random.Generator) -> "Interruptions":
-        """Failures at random, at the paper's rate for each GPU; planned interruptions evenly, as often as the paper's job had."""
+        """Draws failures at random, at the paper's rate for each GPU, and planned interruptions evenly, as often as the paper's job had them."""
         failures = rng.uniform(0, seconds, rng.poisson(seconds / time_between_failures(num_gpus)))
         planned = np.arange(rng.uniform(0, PLANNED_PERIOD_S), seconds, PLANNED_PERIOD_S)
         start = np.concatenate([[0.0], failures, planned])
@@ -151,7 +153,7 @@ class Interruptions:
         return cls(start[order], np.diff(start[order], append=seconds), cause[order])
 
     def spend(self, config: GoodputConfig, intervals_s: np.ndarray) -> dict[str, np.ndarray]:
-        """Seconds by what they went to, for each checkpoint interval: arrays [len(intervals_s)] that sum to the length of the run.
+        """Returns the seconds by what they went to, for each checkpoint interval: arrays [len(intervals_s)] that sum to the length of the run.
 
         A failure is not mended before all earlier ones are found: corruption that nobody has seen yet outlives a crash, since the
         checkpoint that is restored has it too. A failure during a restart makes it start again.
@@ -175,7 +177,7 @@ class Interruptions:
 
 
 def _train(up_s: np.ndarray, ends_in_failure: np.ndarray, interval_s: float, config: GoodputConfig) -> tuple[float, float, float]:
-    """Seconds kept, stalled by saves, and lost, in spans of training and saving."""
+    """Returns the seconds kept, stalled by saves, and lost, in spans of training and saving."""
     cycle = interval_s + config.save_stall_s
     saves, rest = np.divmod(up_s, cycle)
     worked = saves * interval_s + np.minimum(rest, interval_s)

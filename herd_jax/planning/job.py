@@ -66,7 +66,7 @@ class Job:
 
     @property
     def mesh(self) -> AbstractMesh:
-        """The mesh without devices, for what only asks its shape."""
+        """Returns the mesh without devices, for code that needs only its shape."""
         return AbstractMesh(tuple(getattr(self, axis) for axis in AXES), AXES)
 
     @property
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of one dp rank in a step."""
+        """Returns the number of micro-batches of one dp rank in a step."""
         return self.batch_per_dp // self.micro_batch_size
 
     @property
@@ -84,12 +84,12 @@ class Job:
 
     @property
     def layers_per_stage(self) -> tuple[int, ...]:
-        """In stage order; stage s is chunk s // pp of rank s % pp."""
+        """Returns the number of layers of each stage, in stage order; stage s is chunk s // pp of rank s % pp."""
         return _layers_per_stage(self.model.num_layers, self.pp * self.pipeline.num_chunks)
 
     @property
     def table(self) -> Table:
-        """The pipeline's schedule, made ready to run."""
+        """Returns the pipeline's schedule, made ready to run."""
         return _table(self.pipeline, self.pp, self.num_micro_batches, self.layers_per_stage)
 
 
@@ -104,7 +104,7 @@ def _table(pipeline: PipelineConfig, num_ranks: int, num_micro_batches: int, lay
 
 
 def parse_tokens(text: str) -> int:
-    """A number of tokens: plain (also 16_777_216 or 16,777,216), or with a unit.
+    """Reads a number of tokens: plain (also 16_777_216 or 16,777,216), or with a unit.
 
     K, M and G are powers of 1024, as batches and sequences are counted (16M is 16,777,216); B and T are powers of 1000, as budgets are
     (15.6T is 15,600,000,000,000). Raises UserError for anything else, and for what is not a whole number above 0.

@@ -27,11 +27,11 @@ UPDATE_COPIES = 3  # of the gradient, while AdamW runs: itself, clipped, and the
 
 
 def estimate(job: Job) -> dict[str, float]:
-    """Bytes of the fullest device by kind, and their "total", at the moment of the step that needs most.
+    """Returns the bytes of the fullest device by kind, and their "total", at the moment of the step that needs most.
 
     parameters and optimizer: FP32 shards; gathered_weights: in the compute dtype; gradients: FP32 sums over micro-batches; activations: residuals
     and kept cotangents of the micro-batches in flight; logits: the head's chunk and its gradients; buffers: messages, the batch, and what a
-    layer needs beyond the logits' memory, which it uses in turn; update: what the optimizer needs beyond all that has gone when it runs.
+    layer needs beyond the logits' memory, which both use in turn; update: what the optimizer needs beyond the memory that is free again by then.
     """
     dtype = "float32" if job.hardware.value_bytes == FP32 else "bfloat16"
     itemsize = jnp.dtype(dtype).itemsize
@@ -63,7 +63,7 @@ def estimate(job: Job) -> dict[str, float]:
 
 
 def _share(layout: Layout, declaration, gathered: bool) -> int:
-    """Values of a parameter that one device holds; `gathered`: with FSDP's shards put together."""
+    """Returns how many values of a parameter one device holds; `gathered`: with FSDP's shards put together."""
     spec, sizes = layout.spec(declaration), layout.mesh.shape
     axes = [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
     return math.prod(layout.stored_shape(declaration)) // math.prod(sizes[axis] for axis in axes if not (gathered and axis in FSDP_AXES))
@@ -112,7 +112,7 @@ def _operation(model, tp: int, cp: int, num_tokens: int, micro_batch_size: int, 
 
 
 def _peak(jaxpr: core.Jaxpr) -> int:
-    """Bytes of the values alive at once beside the inputs, at most. Only what a dear operation reads or makes is stored."""
+    """Returns the most bytes of values alive at once, without the inputs. Only what a dear operation reads or makes counts as stored."""
     eqns = jaxpr.eqns
     stored = {var for eqn in eqns if is_dear(eqn) for var in (*eqn.invars, *eqn.outvars) if isinstance(var, core.Var)}
     stored -= {*jaxpr.invars, *jaxpr.constvars}

@@ -1,4 +1,4 @@
-"""What is said about a planned job: parameters, memory, speed, cost; and about a search."""
+"""What is reported about a planned job (parameters, memory, speed, cost) and about a search."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A job and what is predicted of it. `budget` in tokens, for the days and the energy."""
+    """A job and what is predicted of it. `budget`, in tokens, is what the days and the energy are for."""
 
     job: Job
     memory: dict[str, float]
@@ -36,12 +36,12 @@ class Plan:
 
     @property
     def empty_layer_slots(self) -> int:
-        """Room for layers that no layer fills, over all pipeline ranks: it takes memory of weights, and no time."""
+        """Returns how many slots of all pipeline ranks have no layer: such a slot takes the memory of its weights, and no time."""
         job = self.job
         return max(1, *job.layers_per_stage) * len(job.layers_per_stage) - job.model.num_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: bytes, seconds, fractions, tokens."""
+        """Returns the plan for JSON: bytes, seconds, fractions, tokens."""
         job, speed = self.job, self.throughput
         return {
             "model": job.model_name,
@@ -111,7 +111,7 @@ class RunPlan:
         return [plan.to_dict() for plan in self.plans]
 
     def lines(self) -> list[str]:
-        """A table with a row a phase, and the whole."""
+        """Returns a table with a row for each phase, and the totals."""
         lines = [f"{'tokens':>10}{'tokens of':>10}{'tokens':>13}{'':>11}{'step':>10}{'':>7}{'':>9}", f"{'a row':>10}{'a step':>10}{'in all':>13}{'memory':>11}{'time':>10}{'MFU':>7}{'days':>9}"]
         for plan in self.plans:
             job, speed = plan.job, plan.throughput
@@ -136,8 +136,8 @@ def plan(job: Job, budget: int) -> Plan:
 
 
 def with_chosen_schedule(job: Job) -> Job:
-    """The job interleaved as the paper has it: with as many chunks (a power of 2) as leave all stages equally full, the embedding and the head
-    counted as a layer each. Where none does, with what is fastest and fits, which may be 1F1B."""
+    """Returns the job interleaved as in the paper: with the most chunks (a power of 2) that leave all stages equally full, the embedding and
+    the head counted as a layer each. Where no number does, the schedule is the fastest one that fits, which may be 1F1B."""
     slots = job.model.num_layers + 2
     configs = [PipelineConfig()]
     while job.pp > 1 and 2 * configs[-1].num_chunks * job.pp <= slots:
@@ -150,7 +150,7 @@ def with_chosen_schedule(job: Job) -> Job:
 
 
 def mfu_over_devices(job: Job, factors: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)) -> list[tuple[int, float, str]]:
-    """(devices, MFU, label) of the layout with other dp: with the batch of a step kept, and with that of a dp rank kept."""
+    """Returns (devices, MFU, label) of the layout with other dp: with the batch of a step kept, and with that of a dp rank kept."""
     points = []
     for factor in factors:
         dp = job.dp * factor
@@ -166,7 +166,7 @@ def mfu_over_devices(job: Job, factors: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2
 
 
 def search_lines(found: Search) -> list[str]:
-    """The layouts that fit, fastest first, and why the rest are not among them."""
+    """Returns lines with the layouts that fit, fastest first, and why the rest are not among them."""
     lines = [f"{'':>4}{'MFU':>7}{'step':>10}{'tokens/s':>13}{'memory':>11}  layout"] if found.ranked else ["no layout fits"]
     for rank, candidate in enumerate(found.ranked, start=1):
         speed, total = candidate.throughput, candidate.memory["total"]

@@ -12,16 +12,16 @@ from herd_jax.training.stages.stages import stage_configs
 
 @dataclasses.dataclass(frozen=True)
 class RunPhase:
-    """`job` is repeated until `tokens` are trained on."""
+    """A phase of a run: `job` is repeated until `tokens` are trained on."""
 
     job: Job
     tokens: int
 
 
 def run_phases(config: RunConfig, hardware_name: str, overrides: dict[str, Any], pipeline_overrides: dict[str, Any]) -> list[RunPhase]:
-    """The phases of a run in order, with fields of Job and of PipelineConfig in place of what the config says.
+    """Returns the phases of a run in order, with fields of Job and of PipelineConfig in place of what the config says.
 
-    Raises UserError where mesh.dp is left open, and for layouts that cannot be.
+    Raises UserError where mesh.dp is left open, and for impossible layouts.
     """
     phases = []
     for stage in stage_configs(config):

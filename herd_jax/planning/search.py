@@ -1,4 +1,4 @@
-"""Which layouts of a model on so many devices fit, which of them is predicted to be fastest, and why the rest are not listed."""
+"""Which layouts of a model on a number of devices fit, which of them is predicted to be fastest, and why the rest are not listed."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from herd_jax.planning.job import Job
 from herd_jax.planning.throughput import Throughput
 
 MICRO_BATCH_SIZES = (1, 2, 4)
-NEGLIGIBLE_BUBBLE = 0.02  # more chunks are not tried where half as many leave no larger one
+NEGLIGIBLE_BUBBLE = 0.02  # the number of chunks is not doubled where the bubble is no larger than this
 SLACK = 1.02  # how much the approximate time of a step may be above the predicted one
 
 MemoryEstimate = Callable[[Job], dict[str, float]]  # bytes of a device by kind, with "total"
@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclasses.dataclass
 class Rejection:
-    """So many layouts left out for one reason, and as an example the one that came nearest, or first."""
+    """`count` layouts left out for one reason, and as an example the one that came nearest, or first."""
 
     reason: str
     example: str
@@ -44,7 +44,7 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """`ranked` by predicted step time, fastest first; `rejections` by reason."""
+    """What a search found: `ranked` by predicted step time, fastest first; `rejections` by reason."""
 
     ranked: list[Candidate]
     rejections: list[Rejection]
@@ -61,7 +61,7 @@ def search(
     mean_document_length: float | None = None,
     num_listed: int = 10,
 ) -> Search:
-    """The `num_listed` fastest layouts over (tp, cp, pp, dp), schedule, micro-batch size, remat and gather that fit in memory.
+    """Returns the `num_listed` fastest layouts over (tp, cp, pp, dp), schedule, micro-batch size, remat and gather that fit in memory.
 
     Layouts are looked at in the order of their approximate time, until none that is left can be among the fastest. Remat,
     which only costs time, is tried where it is needed. Raises UserError where the batch is not whole sequences.
@@ -82,7 +82,7 @@ def search(
 
 
 class _Found:
-    """The layouts still to be looked at, by their approximate time, and what came of the others."""
+    """The layouts still to be looked at, by their approximate time, and what was found of the others."""
 
     def __init__(self, num_listed: int, memory_estimate: MemoryEstimate):
         self.num_listed, self.memory_estimate = num_listed, memory_estimate
@@ -127,7 +127,7 @@ class _Found:
 
 
 def describe(job: Job) -> str:
-    """The layout in a line."""
+    """Returns the layout as one line."""
     mesh = f"tp {job.tp}, cp {job.cp}, pp {job.pp}, dp {job.dp}"
     overlap = " with overlap" if job.pipeline.overlap else ""
     pipeline = f", {job.pipeline.schedule} x {job.pipeline.num_chunks}{overlap}" if job.pp > 1 else ""
@@ -135,7 +135,7 @@ def describe(job: Job) -> str:
 
 
 def _layouts(num_devices: int) -> Iterator[dict[str, int]]:
-    """All (tp, cp, pp, dp) whose product is `num_devices`."""
+    """Yields all (tp, cp, pp, dp) whose product is `num_devices`."""
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for tp, cp, pp in itertools.product(divisors, repeat=3):
         if num_devices % (tp * cp * pp) == 0:
@@ -143,7 +143,7 @@ def _layouts(num_devices: int) -> Iterator[dict[str, int]]:
 
 
 def _jobs(base, layout: dict[str, int], num_sequences: int, reject) -> Iterator[Job]:
-    """The jobs of a layout that can be, without remat."""
+    """Yields the possible jobs of a layout, without remat."""
     model, hardware = base.args[1:3]
     name = ", ".join(f"{axis} {size}" for axis, size in layout.items())
     if layout["tp"] > hardware.devices_per_node:
@@ -157,7 +157,7 @@ def _jobs(base, layout: dict[str, int], num_sequences: int, reject) -> Iterator[
         job = base(**layout, batch_per_dp=batch)
     except UserError as error:
         return reject("the model or the sequence does not divide", f"{name}: {error}")
-    # Where a cp group spans nodes, half of it and half the micro-batch leave a device the same work and FSDP the same rings, and send less.
+    # Where a cp group spans nodes, half the cp and half the micro-batch give a device the same work and FSDP the same rings, and send less.
     halved = layout["cp"] % 2 == 0 and layout["tp"] * layout["cp"] > hardware.devices_per_node
     for micro_batch_size in MICRO_BATCH_SIZES:
         if batch % micro_batch_size == 0 and not (halved and micro_batch_size % 2 == 0):
@@ -167,7 +167,7 @@ def _jobs(base, layout: dict[str, int], num_sequences: int, reject) -> Iterator[
 
 
 def _pipelines(num_ranks: int, num_micro_batches: int, num_layers: int) -> Iterator[PipelineConfig]:
-    """The schedules worth trying: chunks in powers of 2, as long as the layers reach and the bubble counts."""
+    """Yields the schedules worth trying: chunks in powers of 2, as long as there are layers for them and the bubble is not negligible."""
     if num_ranks == 1:
         yield PipelineConfig()
         return

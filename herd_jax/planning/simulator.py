@@ -30,18 +30,18 @@ class Timeline:
 
     @property
     def duration(self) -> float:
-        """Seconds until the last rank is done."""
+        """Returns the seconds until the last rank is done."""
         return float((self.start + self.work).max())
 
     @property
     def bubble_fraction(self) -> float:
-        """Waiting over working, of the ranks together."""
+        """Returns the time of waiting over the time of working, of all ranks together."""
         busy = self.work.sum() / self.work.shape[1]
         return float(self.duration / busy - 1)
 
 
 def simulate(table: Table, costs: Costs, barrier: bool = False) -> Timeline:
-    """Each rank sends both ways at every tick, so it goes on when its neighbours' results of `latency` ticks before have come.
+    """Simulates a table. Each rank sends both ways at every tick, so it goes on when its neighbours' results of `latency` ticks before have come.
 
     `barrier`: an exchange waits for all ranks, as between devices of one CPU process, where messages also never overlap with work.
     """

@@ -23,7 +23,7 @@ _COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """`time` in seconds by kind adds up to the step: matmul, attention, memory (element-wise work), tp, cp, pp and dp (exposed
+    """What a step takes. `time`, in seconds by kind, adds up to the step: matmul, attention, memory (element-wise work), tp, cp, pp and dp (exposed
     communication), optimizer, bubble (what pp ranks wait as the schedule has it) and imbalance (what they wait beyond that, because
     ticks are not equally long). Work is the mean over pp ranks.
 
@@ -46,25 +46,28 @@ class Throughput:
         return self.tokens_per_step / self.step_time_s
 
     def days(self, tokens: float) -> float:
-        """For a budget of tokens, without interruptions."""
+        """Returns the days that a budget of tokens takes, without interruptions."""
         return tokens / self.tokens_per_second / 86_400
 
     def energy_mwh(self, tokens: float) -> float | None:
-        """Of the devices alone at the limit of their power; hosts, network and cooling come on top. None where that is not published."""
+        """Returns the energy of the devices alone at the limit of their power; hosts, network and cooling come on top.
+
+        None where that limit is not published.
+        """
         return None if self.power is None else self.days(tokens) * 24 * self.power / 1e6
 
 
 def flops_per_token(job: Job) -> float:
-    """Of the model alone, attention counted by the keys that the mask lets a query see.
+    """Returns the FLOPs of the model alone, attention counted by the keys that the mask lets a query see.
 
-    Table 4 of the paper seems to count attention so, causally: if in full, its third row would take so long (15 s) that attention could not
-    have reached a quarter of the peak.
+    Table 4 of the paper seems to count attention causally, as here: counted in full, its third row would take so long (15 s) that attention
+    could not have reached a quarter of the peak.
     """
     return job.model.flops_per_token(costs.keys_seen(job))
 
 
 def estimate(job: Job) -> Throughput:
-    """What a step of the job takes."""
+    """Returns what a step of the job takes."""
     operations, message, once = costs.operations(job), costs.message(job), costs.once_a_step(job)
     num_done = _num_done(job)
     busy = {kind: sum(num_done[name] * work[kind] for name, work in operations.items()) for kind in costs.KINDS}
@@ -96,7 +99,7 @@ def estimate(job: Job) -> Throughput:
 
 
 def approximate(job: Job) -> float:
-    """About the seconds of the job's step, or less, without making the table: the work of its busiest rank, its messages where nothing
+    """Returns about the seconds of the job's step, or less, without making the table: the work of its busiest rank, its messages where nothing
     hides them, and the bubble of equally long ticks and many micro-batches. At most 5 % above `estimate` for models that are not toys."""
     work = {name: float(sum(kinds.values())[0]) for name, kinds in costs.operations(job).items()}
     splits = job.pipeline.schedule == "zero_bubble" and job.pp > 1
@@ -105,7 +108,7 @@ def approximate(job: Job) -> float:
     stages[0] += work["embed"] + work["embed_backward"]
     stages[-1] += work["head"]
     ranks = [sum(stages[rank :: job.pp]) for rank in range(job.pp)]
-    # Split backwards leave one tick idle of three, or two where messages take one and chunks wait for each other.
+    # With split backwards one tick of three stays idle, or two of three where messages take a tick and chunks wait for each other.
     idle = (2 if job.pipeline.overlap and job.pipeline.num_chunks > 1 else 1) / 3 if splits else 1.0
     ramp = (sum(ranks) - max(ranks)) / job.pipeline.num_chunks * idle
     num_ticks = 3 * job.pipeline.num_chunks * job.num_micro_batches
@@ -114,7 +117,7 @@ def approximate(job: Job) -> float:
 
 
 def _num_done(job: Job) -> dict[str, float]:
-    """How often a pp rank does each operation in a step, on average."""
+    """Returns how often a pp rank does each operation in a step, on average."""
     if job.pp == 1:  # no schedule is followed: each micro-batch goes forward and backward in turn
         layers = dict.fromkeys(("forward", "backward"), job.num_micro_batches * job.model.num_layers)
         ends = dict.fromkeys(("embed", "embed_backward", "head"), job.num_micro_batches)

@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @contextlib.contextmanager
 def kept_compilations(workdir: Path, enabled: bool) -> Iterator[None]:
-    """Keeps them under WORKDIR/compilation_cache, which all processes share: jax has process 0 write, and all of them read.
+    """Keeps compiled programs under WORKDIR/compilation_cache, which all processes share: jax has process 0 write, and all of them read.
 
     A cache that JAX_COMPILATION_CACHE_DIR already names is used instead.
     """
@@ -30,7 +30,7 @@ def kept_compilations(workdir: Path, enabled: bool) -> Iterator[None]:
 
 
 def _cpu() -> str:
-    """The processor by its instructions: jax takes a program compiled for other ones, and dies of it."""
+    """Returns a name for the processor's set of instructions: jax would load a program compiled for another set, and crash."""
     try:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):

@@ -1,4 +1,4 @@
-"""The configuration of a run: what each room owns, put together, and the checks that need more than one room."""
+"""The configuration of a run, put together from those of its parts, and the checks that need more than one part."""
 
 import dataclasses
 import math
@@ -139,7 +139,7 @@ class RunConfig:
 
     @property
     def directory(self) -> Path:
-        """The workdir as a path."""
+        """Returns the workdir as a path."""
         return user_path(self.workdir)
 
     def __post_init__(self):
@@ -158,7 +158,7 @@ class RunConfig:
 
 
 def build_steps(config: RunConfig, mesh: Mesh, task: Task) -> Steps:
-    """The model, its state and steps of a task on a mesh. Raises UserError for a combination that cannot work."""
+    """Returns the model, its state and steps of a task on a mesh. Raises UserError for a combination that cannot work."""
     model_config = config.model.resolve()
     model_config.check_mesh(mesh)
     config.pipeline.check_ranks(mesh.shape["pp"])

@@ -4,13 +4,13 @@ Every `train.verify_every_steps` steps a step is computed twice, by the same pro
 new states must be the same; so must be the copies that devices hold of the same part of a leaf. FSDP leaves no copies of matrices over
 (dp, cp), but embedding and head are copied over pp, norms over all but pp, and counters over all.
 
-It takes the time of a second step, and the memory of a second state: 12 bytes a parameter, shared out as the state is. What is looked for is
-a step that goes wrong: bits of weights that flip in memory between two steps are taken for the weights, where no copy contradicts them. A
-program must repeat itself bit for bit when all is well; on NVIDIA GPUs that takes XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+It takes the time of a second step, and the memory of a second state: 12 bytes a parameter, sharded as the state is. It finds a step that goes
+wrong; it does not find bits of weights that flip in memory between two steps, unless a copy of the weights contradicts them. A program must
+repeat itself bit for bit when all is well; on NVIDIA GPUs that takes XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
-The gradient's sum over devices carries an error from one of them to all. To name it, the gradient is then computed again, some times, and
-each device's summand compared with itself: this shows the devices of one dp rank, which pass on each other's errors. What is left is to
-stop: the run exits with 78, after which no supervisor starts it again, since the same devices would go on and later checkpoints may be wrong.
+The gradient's sum over devices carries an error from one of them to all. To name it, the gradient is then computed several more times, and
+each device's summand compared with its earlier ones: this shows the devices of one dp rank, which pass on each other's errors. Then the run
+stops: it exits with 78, after which no supervisor starts it again, since the same devices would go on and later checkpoints may be wrong.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ NUM_REPETITIONS = 4  # of the gradient, to find the device
 
 
 class Verification:
-    """Of a run that begins after `first_step` steps, of processes on `hosts` (their names, by process); `every_steps` 0 is none."""
+    """Verifies the steps of a run that begins after `first_step` steps; `hosts` names the host of each process. `every_steps` 0 verifies none."""
 
     def __init__(self, every_steps: int, steps: Steps, hosts: list[str], first_step: int, timeline: Timeline) -> None:
         self._every_steps, self._steps, self._hosts, self._timeline = every_steps, steps, hosts, timeline
@@ -42,7 +42,7 @@ class Verification:
         self._compare = on_mesh(_compare, mesh, (specs, specs), PartitionSpec(), steps.compute_dtype)
 
     def run(self, step: int, compute: Callable[[State, dict], tuple[State, dict]], state: State, batch: dict) -> tuple[State, dict]:
-        """`compute(state, batch)`, which donates the state, for the step with that number: twice where it is due.
+        """Runs `compute(state, batch)`, which donates the state, for the step with that number: twice where verification is due.
 
         Raises Miscomputed, on every process, where the results differ or copies within one do.
         """
@@ -65,7 +65,7 @@ class Verification:
         return state, metrics
 
     def _two_results(self, num_different_DL: np.ndarray, names: list[str], state: State, batch: dict) -> str:
-        """What differs, and where it comes from."""
+        """Returns what differs, and where it comes from."""
         worst = names[num_different_DL.sum(axis=0).argmax()]
         what = f"computed twice it has two results ({num_different_DL.sum():,} elements, most of them in {worst})"
         sums_RDL = np.stack([np.asarray(self._steps.fingerprint(state.params, batch)) for _ in range(NUM_REPETITIONS)])
@@ -78,7 +78,7 @@ class Verification:
         return f"{what}, on all devices; in {NUM_REPETITIONS} repetitions the gradient of each device was the same"
 
     def _name(self, devices: list[int] | np.ndarray) -> str:
-        """Devices, by their places in the mesh, with their processes and hosts."""
+        """Returns the names of devices, given by their places in the mesh, with their processes and hosts."""
         found = [self._steps.layout.mesh.devices.flat[index] for index in devices]
         lines = [f"device {device.id} (process {device.process_index} on {self._hosts[device.process_index]})" for device in found[:8]]
         return ", ".join(lines) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
@@ -91,8 +91,8 @@ class Verification:
 
 
 def odd_copies(sums_D: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[int]:
-    """Of the devices (in the order of `mesh.devices`) those whose part of an array sharded by `spec` has another checksum than most devices
-    with the same part; all of these, where no majority is."""
+    """Returns the devices (in the order of `mesh.devices`) whose part of an array sharded by `spec` has another checksum than most devices with
+    the same part; all of these devices, where there is no majority."""
     sharded = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
     copied = [dim for dim, axis in enumerate(mesh.axis_names) if axis not in sharded]
     devices = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), copied, range(len(copied)))
@@ -106,7 +106,10 @@ def odd_copies(sums_D: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[int]
 
 
 def _compare(first: State, second: State) -> tuple[jax.Array, jax.Array]:
-    """Of each device's parts of the leaves: how many elements differ in a bit, and the second's checksum; both uint32 [devices, leaves]."""
+    """Returns, for each device's parts of the leaves, how many elements differ in a bit, and the second's checksum.
+
+    Both are uint32 [devices, leaves].
+    """
 
     def num_different(a, b):
         unsigned = jnp.dtype(f"uint{8 * a.dtype.itemsize}")

@@ -37,7 +37,7 @@ class Initial(Protocol):
     """What a run begins with."""
 
     def load_state(self, steps: Steps, seed: int) -> State:
-        """The state before the first step; what is not given is as `seed` has it."""
+        """Returns the state before the first step; what is not given is made from `seed`."""
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError where the weights belong to another tokenizer."""
@@ -85,7 +85,7 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
 def restore(
     checkpointer: TieredCheckpointer, config: RunConfig, steps: Steps, initial: Initial | None = None, last_step: float = math.inf
 ) -> tuple[State, dict]:
-    """The newest readable state not after `last_step` and its position, else a fresh one, with the `initial` weights if there are any."""
+    """Returns the newest readable state not after `last_step` and its position, else a fresh one, with the `initial` weights if there are any."""
     newest = checkpointer.newest()
     if newest is not None:
         _, saved = newest
@@ -174,7 +174,7 @@ class _Loop:
             own_times["input"] = 0.0 if hidden else input_seconds
             sent = pulse.send(self.signals.seen, list(own_times.values()))
             if compiles and (beat := pulse.read(sent)).stop:
-                break  # rather than compile first
+                break  # at once, rather than compile first
             own_times, start = dict.fromkeys(OWN_TIMES, 0.0), time.perf_counter()
             compute = self.steps.train
             if self.spikes.limits_steps:
@@ -225,7 +225,7 @@ class _Loop:
             raise UserError(f"interrupted after step {step}: the same command continues there")
 
     def finish(self, under_way: _UnderWay) -> str | None:
-        """Waits for a step; what is wrong with it where the run has to rewind. Raises UserError where the run has to stop."""
+        """Waits for a step; returns what is wrong with it where the run has to rewind. Raises UserError where the run has to stop."""
         jax.block_until_ready(under_way.metrics["loss"])
         before, self.last_done = self.last_done, time.perf_counter()
         self.timeline.step_done(None if under_way.compiled else self.last_done - max(under_way.start, before))
@@ -245,7 +245,7 @@ class _Loop:
         return wrong
 
     def rewind(self, state: State, wrong: str, bad_step: int) -> tuple[State, int]:
-        """An earlier state and its step; the batches from the last regular checkpoint to `bad_step` will be left out.
+        """Returns an earlier state and its step; the batches from the last regular checkpoint to `bad_step` will be left out.
 
         Which ones does not depend on checkpoints that an interruption made. Raises UserError where no checkpoint is early enough.
         """
@@ -270,7 +270,7 @@ class _Loop:
         return state, position["step"]
 
     def interval_metrics(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
-        """The metrics of the steps since the last look, which are done."""
+        """Returns the metrics of the steps since the last look, which are done."""
         elapsed = time.perf_counter() - since
         ramp, first = self.config.train.ramp, step - len(pending)
         tokens = ramp.tokens_before(step)
@@ -286,7 +286,7 @@ class _Loop:
         return values
 
     def save(self, state: State, step: int, val_loss: float | None, durable: bool = True) -> float:
-        """Returns once the state is copied; the seconds that this took."""
+        """Starts saving the state; returns once it is copied, with the seconds that this took."""
         self.timeline.enter("checkpoint stall", step)
         position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step)} | self.spikes.record()
         canonical = self.steps.plan.to_canonical(state)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON line a logged step, TensorBoard, one live line on the console.
+"""Where a run's numbers go: a JSON line for each logged step, TensorBoard, one live line on the console.
 
 What the numbers are, and when they are computed, is the loop's business. Only process 0 writes. A full disk costs lines, not the run.
 """
@@ -117,7 +117,7 @@ class Console:
         return " | ".join([f"step {step}/{self._num_steps}", *shown, *self._time_left(step)])
 
     def _time_left(self, step: int) -> list[str]:
-        """From the mean time of the steps since the first one shown, which alone knows the compilation."""
+        """Returns the time left, by the mean time of the steps after the first one shown, which alone contains the compilation."""
         now = time.monotonic()
         self._start = self._start or (step, now)
         first_step, first_time = self._start
@@ -133,7 +133,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _drop_steps_after(path: Path, resume_step: int) -> None:
-    """Cuts the file off where a later step, or what a crash tore at its end, begins: that takes no room on the disk."""
+    """Truncates the file where a later step, or a line torn by a crash, begins: that takes no room on the disk."""
     lines = path.read_bytes().splitlines(keepends=True)
     steps = [_step_of(line) for line in lines]
     num_kept = next((i for i, step in enumerate(steps) if step is not None and step > resume_step), len(lines))
@@ -143,7 +143,7 @@ def _drop_steps_after(path: Path, resume_step: int) -> None:
 
 
 def _step_of(line: bytes) -> float | None:
-    """The step of a line of metrics; None for a torn one."""
+    """Returns the step of a line of metrics; None for a torn one."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):
@@ -151,7 +151,7 @@ def _step_of(line: bytes) -> float | None:
 
 
 def _record(event: Event) -> bytes:
-    """As TensorBoard's files have it: length, checksum, event, checksum."""
+    """Returns an event as TensorBoard's files have it: length, checksum, event, checksum."""
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

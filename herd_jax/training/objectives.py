@@ -7,7 +7,7 @@ from herd_jax.training.task import Fields
 
 
 def next_token(vocab_size: int, weight: jax.Array | float):
-    """Pre-training: the sum of masked token losses times `weight`; what is logged is unweighted, in nats."""
+    """Returns the objective of pre-training: the sum of masked token losses times `weight`; what is logged is unweighted, in nats."""
 
     def objective(hidden_BTD: jax.Array, output_DV: jax.Array, fields: Fields):
         loss = cross_entropy_sum(hidden_BTD, output_DV, fields["targets"], fields["loss_mask"], vocab_size)

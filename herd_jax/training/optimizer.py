@@ -53,7 +53,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, np=jnp) -> optax.Schedule:
-    """Linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, constant from there; annealed.
+    """Returns the schedule: linear from 0 at step 0 to the peak at `warmup_steps`, cosine to the floor at `decay_steps`, then constant; annealed.
 
     `np` computes it: jax.numpy in a step, or numpy where a config is made, before jax may start.
     """
@@ -76,14 +76,14 @@ def learning_rate(config: OptimizerConfig, np=jnp) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, declared) -> optax.GradientTransformation:
-    """Optax's AdamW; the first step (count 0) already has a rate above 0. Gradients are clipped before, by `clip`."""
+    """Returns Optax's AdamW; the first step (count 0) already has a rate above 0. Gradients are clipped before, by `clip`."""
     decays = map_declarations(lambda declaration: declaration.decays, declared)
     rate = learning_rate(config)
     return optax.adamw(lambda count: rate(count + 1), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
 
 
 def global_norm(gradients, specs, mesh: Mesh) -> jax.Array:
-    """L2 norm of the gradient of the whole model from one device's shards: each value counted once, in FP32."""
+    """Returns the L2 norm of the gradient of the whole model from one device's shards: each value counted once, in FP32."""
 
     def sum_of_squares(gradient, spec):
         sharded = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}

@@ -1,4 +1,4 @@
-"""Runs of the paper's recipe, for the files in `configs/`: pre-training, its annealing and its long context (section 3.4)."""
+"""The paper's recipe as configurations of runs, for the files in `configs/`: pre-training, its annealing and its long context (section 3.4)."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ NUM_STEPS = 1_100_929  # 15.6T tokens by the ramp
 
 
 def batch_ramp(dp: int, seq_len: int = 8192) -> tuple[PhaseConfig, ...]:
-    """4M, 8M and 16M tokens a step; a micro-batch is one sequence on each dp rank."""
+    """Returns phases of 4M, 8M and 16M tokens a step; a micro-batch is one sequence on each dp rank."""
 
     def phase(from_tokens: int, mega_tokens: int, length: int) -> PhaseConfig:
         batch = mega_tokens * 1024 * 1024 // length
@@ -30,7 +30,7 @@ def batch_ramp(dp: int, seq_len: int = 8192) -> tuple[PhaseConfig, ...]:
 
 
 def pretraining(model: str, peak_learning_rate: float, tp: int, pp: int, dp: int, num_chunks: int = 1, gather: str = "step") -> RunConfig:
-    """The 405B's recipe, which the 8B and the 70B share but for the peak learning rate.
+    """Returns the 405B's recipe, which the 8B and the 70B share but for the peak learning rate.
 
     Not disclosed, and ours: b1, b2, weight decay, clipping, the meshes of the 8B and the 70B, the number of chunks of a pipeline rank (the
     405B's 126 layers, embedding and head make 16 x 8).
@@ -58,8 +58,10 @@ def pretraining(model: str, peak_learning_rate: float, tp: int, pp: int, dp: int
 
 
 def annealing(run: RunConfig, num_tokens: int, sources: dict[str, float], num_checkpoints: int = 10) -> RunConfig:
-    """`run` with its last phase (section 3.4.3): after `train.num_steps` the same workdir goes on for `num_tokens` with the rate falling
-    linearly to 0, on the mixture `sources`, and keeps `num_checkpoints` checkpoints of it for `python -m herd_jax.average --last`.
+    """Returns `run` with its last phase, annealing (section 3.4.3).
+
+    After `train.num_steps` the same workdir goes on for `num_tokens` with the rate falling linearly to 0, on the mixture `sources`, and keeps
+    `num_checkpoints` checkpoints of it for `python -m herd_jax.average --last`.
     """
     start, ramp = run.train.num_steps, run.train.ramp
     num_steps = -(-num_tokens // ramp.phase_at(start).tokens_per_step)
@@ -73,7 +75,7 @@ def annealing(run: RunConfig, num_tokens: int, sources: dict[str, float], num_ch
 
 
 def long_context(run: RunConfig, seq_lens: tuple[int, ...], cps: tuple[int, ...], num_tokens: int = 800_000_000_000) -> RunConfig:
-    """`run` as the first of several stages, and a stage for each of `seq_lens`, its context parallelism from `cps` (section 3.4.2).
+    """Returns `run` as the first of several stages, and a stage for each of `seq_lens`, its context parallelism from `cps` (section 3.4.2).
 
     The paper has six stages and about 800B tokens. Not disclosed, and ours: that these are the last of the 15.6T, the lengths between, equal
     shares of the tokens, the learning rate (the pre-training's cosine goes on), and RoPE scaling (that of the release) from the first on.

@@ -3,11 +3,11 @@
 from herd_jax.config import differences, parse
 from herd_jax.training.config import RunConfig, TrainConfig
 
-GONE = ("skip_nonfinite",)  # of `train`: earlier checkpoints have them in their configs
+GONE = ("skip_nonfinite",)  # fields of `train` that only earlier checkpoints have in their configs
 
 
 def parse_saved(config: dict) -> RunConfig:
-    """The config that a checkpoint keeps, without what is gone since; what is new has its default."""
+    """Returns the config that a checkpoint keeps, without fields that exist no longer; newer fields have their defaults."""
     kept = {name: value for name, value in config.get("train", {}).items() if name not in GONE}
     return parse(RunConfig, {**config, "train": kept})
 
@@ -17,12 +17,12 @@ SETTLED = ("seed", "model", "data", "optimizer", "train.global_batch_size", "tra
 
 
 def contradictions(saved: dict, config: dict, tokens: int) -> list[str]:
-    """The fields of a run's config (as `to_dict` has it) that contradict those that its checkpoint, after `tokens` tokens, was made with."""
+    """Returns the fields of a run's config (as `to_dict` has it) that contradict the config of its checkpoint, made after `tokens` tokens."""
 
     num_steps = parse(TrainConfig, config["train"]).ramp.step_at(tokens)
 
     def settled(config: dict) -> dict:
-        """Without what has changed no result so far: numbers of micro-batches, and what is still to come of the mixtures and of annealing."""
+        """Returns the config without what has changed no result so far: numbers of micro-batches, later mixtures, annealing to come."""
         ramp = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
         mixtures = [phase for phase in config["data"].get("phases", []) if phase["from_tokens"] < tokens]
         no_annealing = {"anneal_from": 0, "anneal_steps": 0}

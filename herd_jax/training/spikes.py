@@ -1,9 +1,9 @@
 """What happens when the loss or the norm of the gradient is not finite or jumps: `train.on_spike`.
 
 A step is bad where one of the two is not finite, or above the median + `train.spike_factor` x the interquartile range of its last
-`train.spike_window` finite values. The values that decide over a step end two steps before it: those are known when the step is given to
-the devices, always, so that a run decides the same whether it was interrupted or not. They, and the steps left out, are kept in
-checkpoints. Values of bad steps count as well, so a lasting change of level is accepted once it fills half of the window.
+`train.spike_window` finite values, up to the value of two steps before: those are always known when the step is given to the devices, so that
+a run decides the same whether it was interrupted or not. They, and the steps left out, are kept in checkpoints.
+Values of bad steps count as well, so a lasting change of level is accepted once it fills half of the window.
 
 - `stop`: the run ends at the bad step, with an error.
 - `skip`: a bad step changes the count of steps and nothing else.
@@ -23,7 +23,7 @@ from herd_jax.training.state import State
 
 ON_SPIKE = ("stop", "skip", "rewind")
 MAX_REWINDS = 3
-LAG = 2  # the newest step that decides over step k is k - LAG
+LAG = 2  # step k is judged by the values of steps up to k - LAG
 
 
 @jax.jit
@@ -36,16 +36,16 @@ class Spikes:
 
     def __init__(self, on_spike: str, factor: float, window: int, position: dict) -> None:
         self.on_spike, self._factor, self._window = on_spike, factor, window
-        self._rewinds: dict[int, int] = {}  # to a step
+        self._rewinds: dict[int, int] = {}  # step -> how many times the run was rewound to it
         self.load(position)
 
     @property
     def limits_steps(self) -> bool:
-        """Whether the devices have to be given limits: what is not finite they find by themselves."""
+        """Returns whether the devices have to be given limits: what is not finite they find by themselves."""
         return self.on_spike == "skip" and self._factor < math.inf
 
     def limits(self, step: int) -> np.ndarray:
-        """float32 [2]: the highest loss and norm of the gradient at which the step is not bad."""
+        """Returns float32 [2]: the highest loss and norm of the gradient at which the step is not bad."""
         known = [values for at, *values in self._recent if at <= step - LAG][-self._window :]
         if self._factor == math.inf or len(known) < self._window:
             return np.full(2, np.inf, np.float32)
@@ -53,7 +53,7 @@ class Spikes:
         return (median + self._factor * (high - low)).astype(np.float32)
 
     def judge(self, step: int, metrics: dict) -> str | None:
-        """What is wrong with a step that is done: words that follow "the loss or its gradient is"; None for nothing."""
+        """Returns what is wrong with a step that is done, in words that follow "the loss or its gradient is"; None for nothing."""
         limits, values = self.limits(step), np.array([float(metrics["loss"]), float(metrics["grad_norm"])], np.float32)
         if not np.isfinite(values).all():
             return f"not finite at step {step}"
@@ -64,14 +64,14 @@ class Spikes:
         return None
 
     def note_skipped(self, first: int, last: int) -> None:
-        """The batches of steps `first` to `last` were left out."""
+        """Notes that the batches of steps `first` to `last` were left out."""
         if self._skipped and self._skipped[-1][1] == first - 1:
             self._skipped[-1][1] = last
         else:
             self._skipped.append([first, last])
 
     def leave_out(self, state: State, first: int, last: int) -> State:
-        """The state as one that has left out the batches of steps `first` to `last`."""
+        """Returns the state as one that has left out the batches of steps `first` to `last`."""
         self.note_skipped(first, last)
         return state._replace(step=_advance(state.step, last + 1 - first))
 
@@ -85,7 +85,7 @@ class Spikes:
             )
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps: {} where no rule but finiteness is set and nothing was left out."""
+        """Returns what a checkpoint keeps: {} where no rule but finiteness is set and nothing was left out."""
         recent = {"recent": [list(values) for values in self._recent]} if self._factor < math.inf else {}
         return recent | ({"skipped": [list(span) for span in self._skipped]} if self._skipped else {})
 

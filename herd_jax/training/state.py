@@ -31,7 +31,7 @@ class StatePlan:
 
     @functools.cached_property
     def declared_state(self) -> State:
-        """A state whose leaves are declarations, or None where there is nothing to shard (the counters)."""
+        """Returns a state whose leaves are declarations, or None where there is nothing to shard (the counters)."""
         params = map_declarations(lambda d: jax.ShapeDtypeStruct(self.layout.stored_shape(d), jnp.float32), self.declared)
         optimizer = jax.eval_shape(self.optimizer.init, params)
         like_params = optax.tree_utils.tree_map_params(
@@ -53,7 +53,7 @@ class StatePlan:
         return self._map(lambda d: NamedSharding(self.layout.mesh, PartitionSpec() if d is None else self.layout.spec(d)))
 
     def init(self, seed: int) -> State:
-        """The state before the first step, made on its devices: the same on every mesh."""
+        """Returns the state before the first step, made on its devices: the same on every mesh."""
 
         def make(key):
             paths, tree = jax.tree_util.tree_flatten_with_path(self.declared, is_leaf=is_declaration)
@@ -65,7 +65,7 @@ class StatePlan:
         return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
 
     def abstract_canonical(self) -> State:
-        """Shapes, dtypes and shardings of the canonical state, to restore a checkpoint onto this mesh."""
+        """Returns shapes, dtypes and shardings of the canonical state, to restore a checkpoint onto this mesh."""
 
         def abstract(declaration):
             if declaration is None:
@@ -76,9 +76,9 @@ class StatePlan:
         return self._map(abstract)
 
     def to_canonical(self, state: State) -> State:
-        """Layers in model order, nothing padded, no mesh in it. A new state beside the old one, but for leaves that lie so already.
+        """Returns the state with layers in model order, nothing padded, the same for every mesh; leaves that are so already are not copied.
 
-        One leaf at a time, for its temporaries, and because CPU devices can stop each other once 32 programs are under way.
+        Converts one leaf at a time, to keep temporaries small, and because CPU devices can block each other once 32 programs are under way.
         """
 
         def convert(declaration, value):
@@ -89,7 +89,7 @@ class StatePlan:
         return self._map(convert, state)
 
     def from_canonical(self, state: State) -> State:
-        """The inverse of `to_canonical`, onto this mesh; also one leaf at a time."""
+        """Returns a canonical state as it is on this mesh, the inverse of `to_canonical`; also one leaf at a time."""
 
         def convert(declaration, value):
             return value if declaration is None else jax.block_until_ready(_from_canonical(self.layout, declaration)(value))

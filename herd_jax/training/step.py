@@ -42,29 +42,36 @@ class Steps:
 
     @functools.cached_property
     def train(self):
-        """(state, batch) -> (state, metrics), the state donated. A step whose loss or gradient is not finite changes nothing but the count."""
+        """Returns the function (state, batch) -> (state, metrics); the state is donated.
+
+        A step whose loss or gradient is not finite changes nothing but the count.
+        """
         return self._jit(self._train, (self.plan.specs, self._batch_specs), (self.plan.specs, PartitionSpec()), donate_argnums=0)
 
     @functools.cached_property
     def train_within(self):
-        """(state, batch, limits) -> as `train`; a loss or a norm of the gradient above limits (float32 [2]) counts as not finite."""
+        """Returns the function (state, batch, limits) -> (state, metrics): `train`, but a loss or a norm of the gradient above its limit (of
+        float32 [2]) counts as not finite."""
         in_specs = (self.plan.specs, self._batch_specs, PartitionSpec())
         return self._jit(self._train, in_specs, (self.plan.specs, PartitionSpec()), donate_argnums=0)
 
     @functools.cached_property
     def evaluate(self):
-        """(params, batch) -> the objective's sums over the batch, and its "count"."""
+        """Returns the function (params, batch) -> the objective's sums over the batch, and its "count"."""
         return self._jit(self._evaluate, (self.plan.specs.params, self._batch_specs), PartitionSpec())
 
     @functools.cached_property
     def gradient(self):
-        """(params, batch) -> (mean loss, gradient sharded as the parameters): for tests."""
+        """Returns the function (params, batch) -> (mean loss, gradient sharded as the parameters), for tests."""
         return self._jit(self._gradient, (self.plan.specs.params, self._batch_specs), (PartitionSpec(), self.plan.specs.params))
 
     @functools.cached_property
     def fingerprint(self):
-        """(params, batch) -> uint32 [devices, leaves], on all devices: checksums of the loss and the gradient that each one (in the order of
-        `mesh.devices`) has before they are summed over (dp, cp); with gather 'layer', the gradient is summed already."""
+        """Returns the function (params, batch) -> uint32 [devices, leaves], the same on all devices.
+
+        These are checksums of the loss and the gradient that each device (in the order of `mesh.devices`) has before they are summed over
+        (dp, cp); with gather 'layer', the gradient is summed already.
+        """
 
         def own(params, batch):
             sums, _, gradients = self._own_gradient(params, batch)
@@ -75,7 +82,7 @@ class Steps:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """That of a batch's tokens."""
+        """Returns the sharding of a batch's tokens."""
         return NamedSharding(self.layout.mesh, TOKENS)
 
     @property
@@ -103,7 +110,7 @@ class Steps:
         return means["loss"], gradients
 
     def _mean_gradient(self, params, batch: dict):
-        """The objective's sums over the whole batch, divided by its count, and the gradient."""
+        """Returns the objective's sums over the whole batch, divided by its count, and the gradient."""
         sums, count, gradients = self._own_gradient(params, batch)
         if self.gather == "step":
             gradients = data.reduce_gradients(gradients, self.plan.specs.params)
@@ -111,7 +118,7 @@ class Steps:
         return jax.tree.map(lambda total: total / jnp.maximum(count, 1), collectives.all_reduce(sums, ("dp", "cp"))), gradients
 
     def _own_gradient(self, params, batch: dict):
-        """This device's sums, the count of all, and this device's summand of the gradient."""
+        """Returns this device's sums, the count of all devices, and this device's summand of the gradient."""
         count = collectives.all_reduce(self.task.count(batch), ("dp", "cp"))
         program = self._program(1 / jnp.maximum(count, 1))
         schedule = self.pipeline.build(self.layout.mesh.shape["pp"], len(batch["tokens"]))
@@ -132,7 +139,7 @@ class Steps:
         return self.model.program(self.layout.layers_per_stage, self.task.objective(self.model.config.vocab_size, weight))
 
     def weights(self, params):
-        """The weights as the pipeline is given them, and what it does with them."""
+        """Returns the weights as the pipeline is given them, and what it does with them and their gradients."""
         specs = self.plan.specs.params
         if self.gather == "step":
             return data.gather_weights(params, specs, self.compute_dtype), pipeline.Exchange()

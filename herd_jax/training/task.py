@@ -21,10 +21,10 @@ Fields = Mapping[str, jax.Array]
 
 class Objective(Protocol):
     def __call__(self, hidden_BTD: jax.Array, output_DV: jax.Array, fields: Fields) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns, of one device's share of a micro-batch, the scalar to minimise and the sums that are logged, "loss" among them.
+        """Returns, for one device's share of a micro-batch, the scalar to minimise and the sums that are logged, "loss" among them.
 
-        Fields are [B, T] a token, [B] a row. Sums over all micro-batches and over (dp, cp) are those of the batch, so what cp ranks know
-        alike counts on each of them as 1 / cp. Values are equal on every tp rank.
+        Fields are [B, T] (for tokens) or [B] (for rows). What is returned is added up over all micro-batches and over (dp, cp), so a value that
+        all cp ranks have must be returned as 1 / cp of it on each. Values are equal on every tp rank.
         """
 
 
@@ -36,16 +36,16 @@ class TaskData(Protocol):
     num_tokens: int  # of the training data
 
     def iterate(self, first_step: int) -> Iterator[HostBatch]:
-        """The batches from `first_step` on, each a function of (seed, step)."""
+        """Returns the batches from `first_step` on, each a function of (seed, step)."""
 
     def validate(self, params: PyTree, phase: Phase) -> dict[str, float]:
-        """Metrics on held-out data, "val_loss" among them, in batches of the shape of `phase`."""
+        """Returns metrics on held-out data, "val_loss" among them, in batches of the shape of `phase`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`objective(vocab_size, weight)` weights what is minimised and not what is logged, so that with weight 1 / (`count` of the whole batch)
-    the scalars of all devices and micro-batches sum to the mean loss, however the batch is cut."""
+    """What is trained. `objective(vocab_size, weight)` weights what is minimised and not what is logged, so that with weight 1 / (`count` of the
+    whole batch) the scalars of all devices and micro-batches sum to the mean loss, however the batch is cut."""
 
     name: str
     fields: Mapping[str, PartitionSpec]  # of a batch, those that the model reads among them: data.batches.TOKENS or ROWS

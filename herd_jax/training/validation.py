@@ -46,13 +46,13 @@ class Validation:
         self.names = source_names(config.data.paths)
 
     def by_source(self, params: Any, phase: Phase) -> dict[str, HeldOutLoss]:
-        """Of each source that has rows among the `eval.num_batches` batches of `phase`, by name."""
+        """Returns the loss of each source that has rows among the `eval.num_batches` batches of `phase`, by name."""
         num_rows = self._config.eval.num_batches * phase.global_batch_size
         sources = validation_rows(self._streams, phase.seq_len, num_rows, self._config.data.document_mask)
         return {name: self._loss(params, phase, name, rows) for name, rows in zip(self.names, sources, strict=True) if len(rows)}
 
     def metrics(self, params: Any, phase: Phase) -> dict[str, float]:
-        """Over all rows `val_loss` (nats per token) and `val_bits_per_byte`; where there are several sources, also
+        """Returns `val_loss` (nats per token) and `val_bits_per_byte` over all rows; where there are several sources, also
         `val_bits_per_byte/SOURCE` of each."""
         found = self.by_source(params, phase)
         total = HeldOutLoss.total(list(found.values()))
@@ -75,6 +75,6 @@ class Validation:
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """What to call the sources: the last part of each path, or the whole where two would be called alike."""
+    """Returns the names of the sources: the last part of each path, or the whole paths where two would have the same name."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else list(paths)

@@ -30,22 +30,22 @@ from herd_jax.models.params import Layout, map_declarations
 from herd_jax.parallel import tensor
 from herd_jax.parallel.relay import relay
 
-FAMILY_SIZE = 16  # contexts that begin alike make a family from so many on: what they share is then computed on its own,
-FAMILY_TOKENS = 64  # where they share at least so many tokens
+FAMILY_SIZE = 16  # at least so many contexts with the same beginning are a family, whose beginning is computed on its own,
+FAMILY_TOKENS = 64  # where it has at least so many tokens
 TARGET_CHUNK = 256  # targets whose logits exist at once
 
-ROWS = PartitionSpec(FSDP_AXES)  # of [R, N]: a row a device of dp and cp, the same on those of tp and pp
+ROWS = PartitionSpec(FSDP_AXES)  # of [R, N]: a row for each device of dp and cp, the same on those of tp and pp
 KEYS = PartitionSpec("pp", FSDP_AXES, None, "tp")  # of [PP x slots, R, S, K, H]
 
 
 class PackedContexts(NamedTuple):
-    """Rows of N tokens [R, N], and per row which of their hidden states predict which targets [R, M]: the first `num_targets`."""
+    """Rows of N tokens [R, N], and for each row which of its hidden states predict which targets [R, M], of which `num_targets` are valid."""
 
     tokens: jax.Array
     positions: jax.Array
-    context_start: jax.Array  # a token sees the keys start .. end - 1 of its row, of its context
+    context_start: jax.Array  # a token sees the keys start .. end - 1 of its row in two ranges: of its context,
     context_end: jax.Array
-    own_start: jax.Array  # and of its continuation
+    own_start: jax.Array  # and of its own continuation
     own_end: jax.Array
     target_index: jax.Array
     targets: jax.Array
@@ -61,7 +61,7 @@ class Beginning(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of a continuation: the sum of its tokens' log-probabilities in nats, and whether each was the likeliest at its place."""
+    """The score of a continuation: the sum of its tokens' log-probabilities in nats, and whether each was the likeliest at its place."""
 
     log_likelihood: float
     greedy: bool
@@ -69,14 +69,14 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuationScorer:
-    """A model on a mesh, layers in one chunk a pipeline rank; computes in `dtype`."""
+    """A model on a mesh, each pipeline rank with one chunk of layers; computes in `dtype`."""
 
     model: Llama
     layout: Layout
     dtype: jnp.dtype
 
     def score(self, params, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, Score]]:
-        """(index of the request, its score) as they come, for requests (context, continuation) of one id or more each.
+        """Yields (index of the request, its score) as they are found, for requests (context, continuation) of one id or more each.
 
         Raises UserError where a score is not finite.
         """
@@ -89,7 +89,7 @@ class ContinuationScorer:
             units = [unit for context, of_context in contexts.items() for unit in make_units(context, of_context, RANK_TOKENS)]
             packs = pack_units(units, RANK_TOKENS)
             for some in (packs[first : first + num_rows] for first in range(0, len(packs), num_rows)):
-                # All full batches have one shape, so that one program does.
+                # All full batches have one shape, so that they need only one program.
                 size = bucket(max(RANK_TOKENS if len(packs) > num_rows else 0, *(pack.size for pack in some)))
                 batch = self._batch(some, num_rows, size, len(beginning))
                 log_p_RM, best_RM = (np.asarray(of) for of in self._score(prefix is not None)(params, batch, prefix))
@@ -112,8 +112,8 @@ class ContinuationScorer:
 
     @functools.cached_property
     def _score(self):
-        """Whether there is a shared beginning -> function of (params, batch, it or None) -> log-probabilities [R, M] of the targets, and
-        whether each is the likeliest."""
+        """Returns a function of whether there is a shared beginning, which returns the function (params, batch, beginning or None) ->
+        log-probabilities [R, M] of the targets, and whether each is the likeliest."""
 
         def run(params, batch, beginning):
             x_BTD, weights, _ = self._hidden(params, batch, beginning)
@@ -128,7 +128,7 @@ class ContinuationScorer:
         return with_beginning
 
     def _hidden(self, params, batch: PackedContexts, beginning: Beginning | None):
-        """Activations [1, N, D] of this device's row, the weights, and its keys and values [slots, 1, N, K, H]."""
+        """Returns the activations [1, N, D] of this device's row, the weights, and the row's keys and values [slots, 1, N, K, H]."""
         weights, num_slots = self.layout.gather(params, self.model.declared, self.dtype), max(1, *self.layout.layers_per_stage)
         rotation = self.model.rotation(batch.positions)
 
@@ -150,7 +150,7 @@ class ContinuationScorer:
         return x_BTD, weights, kept
 
     def _of_targets(self, hidden_TD, output_DV, batch: PackedContexts):
-        """Log-probabilities [1, M] of a row's targets and whether each is the likeliest; only of as many chunks as hold targets."""
+        """Returns log-probabilities [1, M] of a row's targets and whether each is the likeliest; computes only the chunks that hold targets."""
 
         def chunk(i, found):
             cut = lambda a: lax.dynamic_slice_in_dim(a, i * TARGET_CHUNK, TARGET_CHUNK)
@@ -180,7 +180,7 @@ class ContinuationScorer:
 
 
 def families(contexts: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[int]]]:
-    """(shared beginning, indices of its contexts), of each family; those of no family share the beginning ().
+    """Returns (shared beginning, indices of its contexts) for each family; contexts of no family share the beginning ().
 
     A beginning is shorter than each of its contexts, so that there is a token to predict from.
     """

@@ -17,7 +17,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Places that the unit needs, of tokens and of targets."""
+        """Returns how many places the unit needs, for its tokens and for its targets."""
         num_targets = sum(len(ids) for _, ids in self.continuations)
         return max(len(self.context) + num_targets - len(self.continuations), num_targets)
 
@@ -33,7 +33,7 @@ class Pack:
         return sum(unit.size for unit in self.units)
 
     def slices(self) -> Iterator[tuple[int, slice]]:
-        """Of each request: its index, and where its targets stand."""
+        """Yields, for each request, its index and the places of its targets."""
         first = 0
         for unit in self.units:
             for i, ids in unit.continuations:
@@ -41,7 +41,7 @@ class Pack:
                 first += len(ids)
 
     def arrays(self, size: int, num_targets: int, first_position: int) -> dict[str, np.ndarray]:
-        """The row's fields by name, tokens and what they see [size], targets [num_targets]."""
+        """Returns the row's fields by name: tokens and what they see [size], targets [num_targets]."""
         of_tokens = ("tokens", "positions", "context_start", "context_end", "own_start", "own_end")
         row = {name: np.zeros(size, np.int32) for name in of_tokens}
         row |= {name: np.zeros(num_targets, np.int32) for name in ("target_index", "targets")}
@@ -65,7 +65,7 @@ class Pack:
 
 
 def make_units(context: tuple[int, ...], continuations: Continuations, capacity: int) -> Iterator[Unit]:
-    """The context with as many of its continuations at a time as `capacity` places hold."""
+    """Yields the context with as many of its continuations at a time as `capacity` places hold."""
     some: Continuations = []
     for continuation in continuations:
         if some and Unit(context, [*some, continuation]).size > capacity:
@@ -76,7 +76,7 @@ def make_units(context: tuple[int, ...], continuations: Continuations, capacity:
 
 
 def pack_units(units: list[Unit], capacity: int) -> list[Pack]:
-    """Rows of at most `capacity` places, but for single units that need more; first-fit, longest first."""
+    """Packs units into rows of at most `capacity` places, except for single units that need more; first-fit, longest first."""
     packs: list[Pack] = []
     rooms: list[int] = []
     for unit in sorted(units, key=lambda unit: unit.size, reverse=True):

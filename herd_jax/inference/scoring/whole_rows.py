@@ -19,36 +19,39 @@ from herd_jax.parallel import collectives
 from herd_jax.parallel.context import zigzag_order
 from herd_jax.parallel.relay import relay
 
-RANK_TOKENS = 4096  # that a dp rank scores at once, where rows are shorter: enough to keep its matmuls efficient
+RANK_TOKENS = 4096  # tokens that a dp rank scores at once, where rows are shorter: enough to keep its matmuls efficient
 BATCH_SPEC = PartitionSpec(None, "dp", "cp")  # of [1, B, S], in zigzag order
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A model on a mesh, layers in one chunk a pipeline rank; computes in `dtype`."""
+    """A model on a mesh, each pipeline rank with one chunk of layers; computes in `dtype`."""
 
     model: Llama
     layout: Layout
     dtype: jnp.dtype
 
     def logits(self, params, ids_BS: np.ndarray) -> np.ndarray:
-        """FP32 [B, S, V] of int [B, S]."""
+        """Returns the logits, FP32 [B, S, V], of ids, int [B, S]."""
         B, S = ids_BS.shape
         batch, order = self._batch(ids_BS, np.zeros((B, S), bool))
         logits = np.asarray(self._logits(params, batch))[0]
         return logits[:, np.argsort(order)][:B, :S, : self.model.config.vocab_size]
 
     def loss(self, params, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Of each row of two ids or more: the sum, in nats, of the losses of its tokens after the first, each predicted from those before."""
+        """Returns, for each row of two ids or more, the sum, in nats, of the losses of its tokens after the first, each predicted from those
+        before."""
         return self._sums(self._loss, params, rows, [1] * len(rows))
 
     def misses(self, params, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
-        """Of each row: how many of its ids from `starts` on are not the likeliest after those before. 0 where greedy decoding of the ids before
-        `start` gives the others."""
+        """Returns, for each row, how many of its ids from its `starts` on are not the likeliest after those before.
+
+        This is 0 where greedy decoding, given the ids before, gives the others.
+        """
         return self._sums(self._misses, params, rows, starts)
 
     def _sums(self, function, params, rows, starts) -> np.ndarray:
-        """Rows of similar length are computed together, so that every dp rank has work."""
+        """Returns the sum of each row. Rows of similar length are computed together, so that every dp rank has work."""
         dp, sums = self.layout.mesh.shape["dp"], np.zeros(len(rows))
         size = lambda i: bucket(len(rows[i]) - 1)
         for num_targets, group in itertools.groupby(sorted(range(len(rows)), key=size), key=size):
@@ -79,7 +82,7 @@ class Scorer:
         return self._row_sums(count_misses)
 
     def _row_sums(self, function):
-        """Of each row, `function` (as `cross_entropy_sum`) of its targets."""
+        """Returns the jitted function that computes, for each row, `function` (such as `cross_entropy_sum`) of its targets."""
 
         def objective(hidden_BTD, output_DV, fields):
             def of_row(row):
@@ -92,7 +95,7 @@ class Scorer:
         return self._jit(whole_rows, PartitionSpec("dp"))
 
     def _run(self, objective, params, batch):
-        """The sums of the objective, stage by stage: there is one micro-batch, so the other ranks wait."""
+        """Returns the sums of the objective, computed stage by stage: there is one micro-batch, so the other ranks wait."""
         weights, stages = self.layout.gather(params, self.model.declared, self.dtype), self.layout.layers_per_stage
         program = self.model.program(stages, objective)
         micro_batch = jax.tree.map(lambda a: a[0], self.model.micro_batches(batch))
@@ -109,7 +112,7 @@ class Scorer:
         return on_mesh(function, self.layout.mesh, (self._specs, BATCH_SPEC), out_specs, self.dtype)
 
     def _batch(self, ids_BS, mask_BS, targets_BS=None):
-        """The batch, rows padded at their end to a size that the mesh divides and that few others share, and the order of its tokens."""
+        """Returns the batch and the order of its tokens. Rows are padded at their end to one of a few sizes, divisible as the mesh needs."""
         shape, (B, S) = self.layout.mesh.shape, ids_BS.shape
         parts = shape["tp"] * shape["cp"] * (2 if shape["cp"] > 1 else 1)
         size = -(-bucket(S) // parts) * parts
@@ -128,6 +131,6 @@ class Scorer:
 
 
 def bucket(size: int, least: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, ...: powers of 2 and their halves between, so that few shapes are compiled."""
+    """Returns the smallest of 16, 24, 32, 48, 64, ... that holds `size`: powers of 2 and the middles between, so that few shapes are compiled."""
     power = 1 << (size - 1).bit_length()
     return max(least, power if 4 * size > 3 * power else 3 * power // 4)

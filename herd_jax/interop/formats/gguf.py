@@ -1,4 +1,4 @@
-"""GGUF files, dequantized to float32 a tensor at a time. RoPE rotates adjacent pairs there, and scaling lies in a tensor of divisors."""
+"""GGUF files, dequantized to float32 one tensor at a time. RoPE rotates adjacent pairs there, and its scaling is a tensor of divisors."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def open_gguf(path: Path) -> Source:
-    """Raises UserError for what is no Llama, for a damaged file, and for tensors that do not fit the config."""
+    """Opens a GGUF file. Raises UserError for what is no Llama, for a damaged file, and for tensors that do not fit the config."""
     gguf = import_extra("gguf", "a GGUF file", "gguf")
     try:
         reader = gguf.GGUFReader(path)
@@ -35,7 +35,7 @@ def open_gguf(path: Path) -> Source:
 
 
 def parse_config(values: dict[str, Any], path: Path, tensors: "_Tensors") -> LlamaConfig:
-    """From the metadata. Raises UserError for what is not a plain Llama, KeyError for a field that every file has."""
+    """Returns the config from the metadata. Raises UserError for what is not a plain Llama, KeyError for a field that every file has."""
     if values.get("general.architecture") != "llama":
         raise UserError(f"{path} is of the architecture {values.get('general.architecture')}: only plain Llamas (llama) are read")
     if values.get("split.count", 1) > 1:
@@ -63,7 +63,7 @@ def parse_config(values: dict[str, Any], path: Path, tensors: "_Tensors") -> Lla
 
 
 def _parse_rope_scaling(path: Path, head_dim: int, theta: float, tensors: "_Tensors") -> RopeScaling | None:
-    """The file divides each frequency by a number; the only scaling with those divisors that Llamas have."""
+    """Returns the scaling of Llama 3.1 that gives the file's divisors of the frequencies. Raises UserError where none does."""
     if ROPE_DIVISORS not in tensors.shapes:
         return None
     divisors = tensors.read(ROPE_DIVISORS)
@@ -76,7 +76,7 @@ def _parse_rope_scaling(path: Path, head_dim: int, theta: float, tensors: "_Tens
 
 
 def _shortest(value: float) -> float:
-    """The number that was meant by one stored in 32 bits: 1e-5 for 9.999999747378752e-06."""
+    """Returns the number that was meant by one stored in 32 bits: 1e-5 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 

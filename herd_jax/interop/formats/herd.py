@@ -1,5 +1,5 @@
-"""Our own format: herd.json with the model's config, safetensors that hold every layer of every parameter as declared, the tokenizer's
-files. No framework is needed to read it, and a device's share of a parameter is a slice of a mapped tensor.
+"""The project's own format: herd.json with the model's config, safetensors that hold every layer of every parameter as declared, and the
+tokenizer's files. No framework is needed to read it, and a device's share of a parameter is a slice of a mapped tensor.
 """
 
 import json
@@ -26,7 +26,7 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
 
 
 def open_herd(directory: Path) -> Source:
-    """Raises UserError for damaged files, and for tensors that do not fit the config."""
+    """Opens a directory of this format. Raises UserError for damaged files, and for tensors that do not fit the config."""
     path = directory / CONFIG_FILE
     parse_values = lambda values: (parse(LlamaConfig, values["model"], "model"), values["context_length"])
     config, context_length = parse_json(path, parse_values)

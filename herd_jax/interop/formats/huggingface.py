@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json, safetensors, tokenizer. What is not a plain Llama is refused by name."""
+"""Hugging Face directories: config.json, safetensors, tokenizer. What is not a plain Llama is an error that names the reason."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from herd_jax.models.rope import RopeScaling
 from herd_jax.text.protocol import GENERATION_FILE, Tokenizer
 
 CONFIG_FILE = "config.json"
-# What a Llama's config has, or leaves out.
+# What a Llama's config says in these fields, if it has them.
 PLAIN = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -27,7 +27,7 @@ PLAIN = {
     "num_local_experts": None,
     "partial_rotary_factor": 1.0,
 }
-ROPE_FIELDS = {  # of RopeScaling
+ROPE_FIELDS = {  # field of RopeScaling -> Hugging Face's name
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
@@ -36,7 +36,7 @@ ROPE_FIELDS = {  # of RopeScaling
 
 
 def open_huggingface(directory: Path) -> Source:
-    """Raises UserError for what is no Llama, for damaged files, and for tensors that do not fit the config."""
+    """Opens a Hugging Face directory. Raises UserError for what is no Llama, damaged files, and tensors that do not fit the config."""
     path = directory / CONFIG_FILE
     config, context_length = parse_json(path, lambda values: (parse_config(values, path), values.get("max_position_embeddings")))
     if not list(directory.glob("*.safetensors*")):
@@ -47,7 +47,7 @@ def open_huggingface(directory: Path) -> Source:
 
 
 def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
-    """From config.json. Raises UserError for what is not a plain Llama, KeyError for a field that every config has."""
+    """Returns the config from config.json. Raises UserError for what is not a plain Llama, KeyError for a field that every config has."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of a model of type {values.get('model_type')}: only plain Llamas (llama) are read")
     for field, plain in PLAIN.items():
@@ -83,7 +83,7 @@ def _parse_rope_scaling(values: dict[str, Any], path: Path) -> RopeScaling | Non
 
 
 def make_config(config: LlamaConfig, dtype: str, context_length: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """config.json, in the fields that transformers 4 and 5 and vLLM read alike."""
+    """Returns config.json, with the fields that transformers 4 and 5 and vLLM all read."""
     c, scaling = config, config.rope_scaling
     rope_scaling = scaling and {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in ROPE_FIELDS.items()}}
     return {
@@ -114,7 +114,7 @@ def make_config(config: LlamaConfig, dtype: str, context_length: int, tokenizer:
 
 
 def make_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The special ids that generation needs: begin, padding, and every id that ends an answer."""
+    """Returns the special ids that generation needs: begin, padding, and every id that ends an answer."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     stop = list(tokenizer.stop_ids)
@@ -127,7 +127,7 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
 
 def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
           context_length: int) -> None:  # fmt: skip
-    """What AutoModelForCausalLM, AutoTokenizer and vLLM load as it stands."""
+    """Writes what AutoModelForCausalLM, AutoTokenizer and vLLM load as it stands."""
     if tokenizer:
         write_tokenizer(directory, tokenizer, context_length)
     mapping = map_parameters(config)

@@ -12,7 +12,7 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def make(fp8: Fp8Config, num_layers: int) -> dict[str, Any]:
-    """The modules that stay as they are go by their whole names: vLLM compares these alone."""
+    """Returns `quantization_config`. It has the full names of the modules that are not quantized: vLLM compares only full names."""
     return {
         "quant_method": METHOD,
         "activation_scale_ub": fp8.activation_bound,
@@ -21,7 +21,8 @@ def make(fp8: Fp8Config, num_layers: int) -> dict[str, Any]:
 
 
 def parse(values: dict[str, Any], num_layers: int, path: Path) -> Fp8Config:
-    """Raises UserError for another kind, and for other modules than the feed-forwards of all layers, or all but the first and the last."""
+    """Returns the Fp8Config. Raises UserError for another kind, or other modules than the feed-forwards of all layers, or of all but the first
+    and the last."""
     if (method := values.get("quant_method")) != METHOD:
         raise UserError(f"{path} has quantization_config of the kind {method}: only {METHOD} is read, so take another copy of the model")
     kept = [f".{name}." for name in values.get("modules_to_not_convert") or ()]

@@ -12,7 +12,7 @@ from herd_jax.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from herd_jax.text.tokenizer import ByteTokenizer, Tokenizer
 
 SPACE = "\u2581"  # SentencePiece's
-# Messages with text in them, as the model card of Llama 3 has them.
+# The format of messages that hold text alone, as the model card of Llama 3 gives it.
 LLAMA3_CHAT_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
@@ -21,7 +21,7 @@ LLAMA3_CHAT_TEMPLATE = (
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Raises UserError for a SentencePiece model of which this is not known here."""
+    """Writes the tokenizer's files. Raises UserError for a kind of SentencePiece model that this cannot turn into a tokenizer.json."""
     tokenizer.save(directory)
     made = None
     if isinstance(tokenizer, Llama3Tokenizer):
@@ -52,7 +52,7 @@ def _config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
 
 
 def _byte_level(tokenizer: Tokenizer, tokens: dict[bytes, int], pattern: str) -> dict[str, Any]:
-    """A byte-level BPE that merges the pair whose whole has the lowest id."""
+    """Returns a tokenizer.json of a byte-level BPE, which merges the pair whose whole has the lowest id."""
     letters = _byte_letters()
     vocabulary = {"".join(letters[byte] for byte in token): i for token, i in tokens.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -67,7 +67,7 @@ def _byte_level(tokenizer: Tokenizer, tokens: dict[bytes, int], pattern: str) ->
 
 
 def _sentencepiece(tokenizer: Tokenizer, data: bytes) -> dict[str, Any]:
-    """A BPE over characters, where spaces are U+2581 and unknown characters their bytes."""
+    """Returns a tokenizer.json of a BPE over characters, where spaces are U+2581 and unknown characters their bytes."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
     proto = ModelProto.FromString(data)
@@ -122,13 +122,13 @@ def _tokenizer_json(tokenizer: Tokenizer, normalizer, pre_tokenizer, decoder, mo
 
 
 def _merges(vocabulary: dict[str, int], tokens: list[str]) -> list[list[str]]:
-    """Every pair of tokens that makes up one of `tokens`, in their order: which is that of precedence."""
+    """Returns every pair of tokens that makes up one of `tokens`, in the order of `tokens`: earlier pairs are merged first."""
     halves = ((token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token)))
     return [[left, right] for left, right in halves if left in vocabulary and right in vocabulary]
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte: itself where it prints, else one from 256 on, in order (as GPT-2 began it)."""
+    """Returns the letter that stands for each byte: itself where it prints, else one from 256 on, in order (as in GPT-2)."""
     prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte if byte in prints else next(others)) for byte in range(256)]

@@ -1,7 +1,7 @@
-"""How our parameters lie in the tensors of other formats, said once for both ways.
+"""How our parameters lie in the tensors of other formats, declared once for reading and writing.
 
-Parameters go by their path in the declaration: "ends.embed.table", "layers.qkv". Each is one tensor of a file, or a few one after the
-other; projections are stored by others as [out, in], all heads in one dim.
+Parameters are named by their path in the declaration: "ends.embed.table", "layers.qkv". Each is one tensor of a file, or a few concatenated;
+other formats store projections as [out, in], all heads in one dim.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from herd_jax.models.params import Declaration, is_declaration
 
 @functools.cache
 def parameters(config: LlamaConfig) -> dict[str, Declaration]:
-    """The declarations of a model by name, in the order in which files have them."""
+    """Returns the declarations of a model by name, in the order in which files have them."""
     paths, _ = jax.tree_util.tree_flatten_with_path(Llama.make(config).declared, is_leaf=is_declaration)
     return {parameter_name(path): declaration for path, declaration in paths}
 
@@ -44,14 +44,14 @@ class Piece:
         return tuple(np.argsort(self.order))
 
     def to_ours(self, array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        """What `index`, in our dims, takes of the tensor; a view of it where possible."""
+        """Returns what `index`, in our dims, takes of the tensor; a view of it where possible."""
         array = array.reshape(self.split)[tuple(index[dim] for dim in self.inverse)]
         if self.adjacent_pairs:
             array = _reorder_pairs(array, (self.split[-2] // 2, 2))
         return array.transpose(self.order)
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
-        """The whole tensor, contiguous."""
+        """Returns the whole tensor of the file, contiguous."""
         array = in_c_order(ours.transpose(self.inverse))
         if self.adjacent_pairs:
             array = _reorder_pairs(array, (2, self.split[-2] // 2))
@@ -64,20 +64,20 @@ def _reorder_pairs(array: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
 
 
 def in_c_order(array: np.ndarray) -> np.ndarray:
-    """numpy transposes at a tenth of the memory's speed; jax, on the way to a device, at half of it."""
+    """Returns the array, contiguous. numpy transposes at a tenth of the memory's speed; jax, on the way to a device, at half of it."""
     return array if array.flags.c_contiguous else np.asarray(jax.device_put(array, jax.local_devices()[0]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-    """A parameter: the `pieces` of it lie one after the other along `dim`, in tensors with "{layer}" in their names if it is a layer's."""
+    """A parameter: its `pieces` are concatenated along `dim`; they are tensors with "{layer}" in their names if it is a layer's."""
 
     declaration: Declaration
     pieces: tuple[Piece, ...]
     dim: int = 0
 
     def split(self, ours: np.ndarray) -> list[np.ndarray]:
-        """A layer of the parameter, by pieces."""
+        """Splits a layer of the parameter into its pieces."""
         sizes = [piece.split[piece.order[self.dim]] for piece in self.pieces]
         return np.split(ours, np.cumsum(sizes)[:-1], self.dim)
 
@@ -101,7 +101,7 @@ class Names:
     adjacent_pairs: bool
 
     def map(self, config: LlamaConfig) -> dict[str, Mapped]:
-        """Every parameter of a model."""
+        """Returns the mapping of every parameter of a model."""
         c, A = config, self.adjacent_pairs
         D, F, V, K, H = c.dim, c.ffn_dim, c.vocab_size, c.num_kv_heads, c.head_dim
         N, G = c.num_heads, c.num_heads // c.num_kv_heads
@@ -131,18 +131,18 @@ class Names:
 
 
 def walk(mapping: dict[str, Mapped]) -> Iterator[tuple[str, int | None]]:
-    """(name, layer) of every parameter in the order of a file: a parameter's layers follow each other."""
+    """Yields (name, layer) of every parameter in the order of a file: a parameter's layers follow each other."""
     for name, mapped in mapping.items():
         yield from ((name, layer) for layer in mapped.declaration.layers or [None])
 
 
 def tensor_shapes(mapping: dict[str, Mapped]) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors by name, in that order."""
+    """Returns the shapes of all tensors by name, in the order of `walk`."""
     return {piece.tensor.format(layer=layer): piece.shape for name, layer in walk(mapping) for piece in mapping[name].pieces}
 
 
 def tensor_dtypes(mapping: dict[str, Mapped], dtype: np.dtype) -> dict[str, np.dtype]:
-    """The dtypes of all tensors by name: `dtype` where the parameter has none of its own."""
+    """Returns the dtypes of all tensors by name: `dtype` where the parameter has none of its own."""
     own = lambda name: mapping[name].declaration.dtype or dtype
     return {piece.tensor.format(layer=layer): own(name) for name, layer in walk(mapping) for piece in mapping[name].pieces}
 

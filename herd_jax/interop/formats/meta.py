@@ -1,4 +1,4 @@
-"""Meta directories: params.json, consolidated.NN.pth (one a rank of model parallelism), tokenizer.model. RoPE rotates adjacent pairs."""
+"""Meta directories: params.json, consolidated.NN.pth (one for each rank of model parallelism), tokenizer.model. RoPE rotates adjacent pairs."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
 
 
 def open_meta(directory: Path) -> Source:
-    """Raises UserError for what is no Llama, for damaged files, pickles with code and tensors that do not fit the config."""
+    """Opens a Meta directory. Raises UserError for what is no Llama, damaged files, pickles with code, and tensors that do not fit the config."""
     found, path = sorted(directory.glob("consolidated.*.pth")), directory / CONFIG_FILE
     paths = [directory / f"consolidated.{rank:02}.pth" for rank in range(max(1, len(found)))]
     for missing in paths:
@@ -42,7 +42,7 @@ def open_meta(directory: Path) -> Source:
 
 
 def parse_config(values: dict[str, Any], path: Path, paths: list[Path]) -> LlamaConfig:
-    """From params.json, which leaves to the tensors whether the embedding is tied, and sometimes how large the vocabulary is."""
+    """Returns the config from params.json; only the tensors tell whether the embedding is tied, and sometimes how large the vocabulary is."""
     for field in NOT_PLAIN:
         if values.get(field, -1) not in (None, -1):
             raise UserError(f"{path} has {field}: only plain Llamas, without experts, images or quantization, are read")
@@ -68,14 +68,14 @@ def parse_config(values: dict[str, Any], path: Path, paths: list[Path]) -> Llama
 
 
 def ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    """Meta's rule: two thirds of 4 x dim, times the multiplier, rounded up."""
+    """Returns the feed-forward dim by Meta's rule: two thirds of 4 x dim, times the multiplier, rounded up to a multiple of `multiple_of`."""
     hidden = int(2 * 4 * dim / 3)
     hidden = int(multiplier * hidden) if multiplier else hidden
     return -(-hidden // multiple_of) * multiple_of
 
 
 def make_config(config: LlamaConfig) -> dict[str, Any]:
-    """params.json. Raises UserError for what it cannot say."""
+    """Returns params.json. Raises UserError for a model that it cannot describe."""
     c = config
     if c.fp8:
         raise UserError("Meta's format says nothing of which layers are FP8, and this model has some: write herd or huggingface")
@@ -96,13 +96,13 @@ def make_config(config: LlamaConfig) -> dict[str, Any]:
 
 def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
           context_length: int) -> None:  # fmt: skip
-    """One shard, as Meta has the models of up to 8B parameters. An output matrix tied to the embedding is there by reference."""
+    """Writes one shard, as Meta has the models of up to 8B parameters. An output matrix tied to the embedding is there by reference."""
     torch, values = _import_torch(), make_config(config)
     if tokenizer:
         tokenizer.save(directory)
     path = directory / "consolidated.00.pth"
     shapes = tensor_shapes(map_parameters(config))
-    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.name)) for name, shape in shapes.items()}  # not touched, so no memory
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.name)) for name, shape in shapes.items()}  # untouched, so without memory
     if config.tie_embeddings:
         tensors[META.output] = tensors[META.embedding]
     with torch.serialization.skip_data():
@@ -114,7 +114,7 @@ def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterabl
 
 
 class _Shards:
-    """The tensors of all ranks put together, as `config` has them; `num_copies`: how often each key and value head is stored, for Meta
+    """The tensors of all ranks put together, as `config` has them; `num_copies`: how often each key and value head is stored, since Meta
     repeats them where there are more ranks than heads."""
 
     def __init__(self, paths: list[Path], config: LlamaConfig):
@@ -135,14 +135,14 @@ class _Shards:
         self.shapes = {name: self._shape(name) for name in self._parts}
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor; of a rank's, where the ranks' do not make up the whole that is wanted."""
+        """Returns the shape of the whole tensor, or of one rank's part where the parts do not make up the whole that `config` wants."""
         shape, parts = self._shapes.get(name), self._parts[name]
         if shape is None or self._joined_dim(name) is None:
             return parts[0]
         return (shape[0] // self.num_copies, *shape[1:]) if name in self._key_value else shape
 
     def _joined_dim(self, name: str) -> int | None:
-        """In which dim the ranks' parts lie one after the other; -1: each has the whole."""
+        """Returns the dim in which the ranks' parts are concatenated; -1: each has the whole; None: they do not make up the whole."""
         parts, shape = np.array(self._parts[name]), self._shapes[name]
         if tuple(parts[0]) == shape:
             return -1
@@ -173,7 +173,7 @@ def _is_tied(shard) -> bool:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A shard's tensors, mapped: made anew for each use, so that no pages stay. Code in the pickle is not run but refused."""
+    """Returns a shard's tensors, mapped anew for each use, so that no pages stay in memory. A pickle with code is an error; it is never run."""
     torch = _import_torch()
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -187,7 +187,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _to_numpy(tensor) -> np.ndarray:
-    """Shares the tensor's memory."""
+    """Returns the tensor as an array that shares its memory."""
     torch = _import_torch()
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 

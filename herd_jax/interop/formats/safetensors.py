@@ -1,7 +1,7 @@
 """The safetensors format: tensors read lazily out of mapped files, and written one at a time, so that memory holds one of them.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, begin and end in what follows) and
-the tensors' bytes. The package of that name reads no bfloat16 into numpy and writes only what lies in memory as a whole.
+the tensors' bytes. The package `safetensors` reads no bfloat16 into numpy and writes only what is in memory as a whole.
 """
 
 import json
@@ -17,14 +17,14 @@ from herd_jax.interop.formats.mapping import tensor_bytes
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 MAX_FILE_BYTES = 5 * 10**9
-WRITE_BYTES = 2**24  # at a time: whole tensors are written at half the speed
+WRITE_BYTES = 2**24  # bytes written at a time: whole tensors at once are written at half the speed
 
 
 class SafetensorsFiles:
     """The tensors of one or several files: `shapes` and `dtypes` by name."""
 
     def __init__(self, paths: Iterable[Path]):
-        """Raises UserError where a file is absent, truncated or damaged, or holds what is not floating point."""
+        """Reads the headers. Raises UserError where a file is absent, truncated or damaged, or holds what is not floating point."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._places: dict[str, tuple[Path, int]] = {}
@@ -33,13 +33,13 @@ class SafetensorsFiles:
                 self.shapes[name], self.dtypes[name], self._places[name] = shape, dtype, (path, offset)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, mapped: its bytes are read as they are used and let go with the array."""
+        """Returns the tensor, mapped: its bytes are read as they are used, and freed with the array."""
         path, offset = self._places[name]
         return np.memmap(path, self.dtypes[name], "r", offset, self.shapes[name])
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], int]]:
-    """(name, dtype, shape, offset in the file) of each tensor."""
+    """Yields (name, dtype, shape, offset in the file) of each tensor."""
     if not path.is_file():
         raise UserError(f"{path.parent} lacks {path.name}, which its index names: copy that file too")
     damaged = f"{path} is truncated or no safetensors file: copy it again"
@@ -103,7 +103,7 @@ def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str
 
 
 def files_of(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those of its index, or the only one."""
+    """Returns the safetensors files of a directory: those of its index, or the only one."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return [directory / "model.safetensors"]

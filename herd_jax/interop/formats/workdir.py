@@ -15,11 +15,11 @@ from herd_jax.training.checkpoints.orbax_storage import Unreadable
 from herd_jax.training.resume import parse_saved
 
 RECORD = "record"  # what every checkpoint's directory has in it
-_CHECKSUM_BLOCK = 1 << 18  # elements: what is computed of them stays in the processor's cache
+_CHECKSUM_BLOCK = 1 << 18  # elements at a time, so that intermediate values stay in the processor's cache
 
 
 def open_workdir(workdir: Path) -> Source:
-    """The newest checkpoint of a run. Raises UserError where none is, or none is readable."""
+    """Opens the newest checkpoint of a run. Raises UserError where there is none, or none is readable."""
     newest = Checkpointer(workdir / CHECKPOINTS, keep=1).newest()
     if newest is None:
         raise UserError(f"{workdir} has no readable checkpoint: train longer, or wait for the first one")
@@ -27,7 +27,7 @@ def open_workdir(workdir: Path) -> Source:
 
 
 def open_checkpoint(path: Path) -> Source:
-    """The checkpoint `WORKDIR/checkpoints/STEP`. Raises UserError where it is not readable."""
+    """Opens the checkpoint `WORKDIR/checkpoints/STEP`. Raises UserError where it is not readable."""
     path = path.absolute()
     try:
         record = Checkpointer(path.parent, keep=1).read_record(int(path.name))
@@ -37,7 +37,7 @@ def open_checkpoint(path: Path) -> Source:
 
 
 def newest_checkpoints(workdir: Path, number: int) -> list[Path]:
-    """The directories of the `number` newest checkpoints of a run, oldest first. Raises UserError where it has fewer."""
+    """Returns the directories of the `number` newest checkpoints of a run, oldest first. Raises UserError where it has fewer."""
     steps = Checkpointer(workdir / CHECKPOINTS, keep=1).steps()
     if len(steps) < number:
         raise UserError(
@@ -57,7 +57,7 @@ def _source(path: Path, workdir: Path, directory: Path, record: dict) -> "Checkp
 
 
 def open_stages(workdir: Path) -> Source:
-    """The newest stage of the run in `workdir` that has a checkpoint. Raises UserError where none has, or none is readable."""
+    """Opens the newest stage of the run in `workdir` that has a checkpoint. Raises UserError where none has one, or none is readable."""
     stages = stage_directories(workdir)
     begun = (stage for stage in reversed(stages) if any((stage / CHECKPOINTS).glob("[0-9]*")))
     return open_workdir(next(begun, (stages or [workdir])[0]))
@@ -65,7 +65,7 @@ def open_stages(workdir: Path) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource(Source):
-    """`directory` is that of the state; `checksums` are those of its leaves. A parameter that is read whole is verified."""
+    """A checkpoint: `directory` is that of the state; `checksums` are those of its leaves. A parameter that is read whole is verified."""
 
     directory: Path
     checksums: dict[str, int]
@@ -87,7 +87,7 @@ class CheckpointSource(Source):
         return values
 
     def _open(self, name: str) -> tensorstore.TensorStore:
-        """As Orbax writes an array."""
+        """Opens an array as Orbax writes it."""
         base = {"driver": "ocdbt", "base": f"file://{self.directory}/", "path": f"params.{name}/"}
         return tensorstore.open({"driver": "zarr", "kvstore": base}, open=True, read=True).result()
 
@@ -96,7 +96,7 @@ class CheckpointSource(Source):
 
 
 def _checksum(values: np.ndarray, layer: int) -> int:
-    """A layer's share of the checkpoint's checksum of the parameter."""
+    """Returns a layer's share of the checkpoint's checksum of the parameter."""
     bits, total = np.ascontiguousarray(values).reshape(-1).view(np.uint32), 0
     for start in range(0, bits.size, _CHECKSUM_BLOCK):
         block = bits[start : start + _CHECKSUM_BLOCK]

@@ -28,7 +28,7 @@ def attention(
     *,
     causal_rows: bool = False,
 ) -> jax.Array:
-    """Softmax attention with grouped query heads (section 3.2 of the paper) of one device's share of a micro-batch.
+    """Computes softmax attention with grouped query heads (section 3.2 of the paper) for one device's share of a micro-batch.
 
     Args:
         q_BTNH: queries; head n attends with kv head n // (N / K).
@@ -87,7 +87,10 @@ def choose(implementation: str, *, platform: str, context_parallel: bool, docume
 
 
 def dense_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges) -> jax.Array:
-    """The oracle: materialises the scores [B, K, G, T, S], so its memory is quadratic; see `attention` for the contract."""
+    """Computes attention the plain way, as the oracle for the others; see `attention` for the contract.
+
+    It materialises the scores [B, K, G, T, S], so its memory is quadratic.
+    """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

@@ -27,10 +27,10 @@ Keys = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # k_BSKH, v_BSKH, star
 
 @jax.custom_vjp
 def blockwise_attention(q_BTNH: jax.Array, keys: Sequence[Keys]) -> jax.Array:
-    """Attention of each query over all ranges of `keys`, which must not overlap for a query; see `attention.attention` for the contract.
+    """Computes the attention of each query over all ranges of `keys`, which must not overlap for a query.
 
-    The keys of different ranges may be of different rows. A block of keys is computed only if some query of the block of queries, in any
-    row of the micro-batch, can see it.
+    See `attention.attention` for the contract. The keys of different ranges may be of different rows. A block of keys is computed only if some
+    query of the block of queries, in any row of the micro-batch, can see it.
     """
     return _joint_forward(q_BTNH, keys)[0]
 
@@ -43,7 +43,7 @@ def _joint_forward(q_BTNH, keys):
     (B, T, N, _), found = q_BTNH.shape, []
     for (_, _, start_BT, end_BT), (_, lse_BKGT) in zip(keys, parts):
         sees_BT = jnp.pad(start_BT < end_BT, ((0, 0), (0, lse_BKGT.shape[-1] - T)))
-        found.append(jnp.where(sees_BT[:, None, None], lse_BKGT, MASKED))  # 0 where a query sees nothing, which is no sum
+        found.append(jnp.where(sees_BT[:, None, None], lse_BKGT, MASKED))  # where a query sees nothing, lse is 0, not the log of a sum
     most_BKGT = functools.reduce(jnp.maximum, found)
     shares = [jnp.exp(lse_BKGT - most_BKGT) for lse_BKGT in found]
     total_BKGT = sum(shares)
@@ -140,7 +140,7 @@ blockwise_attention.defvjp(_forward_with_residuals, _joint_backward)
 
 
 def _block_size(q_BTNH, k_BSKH) -> int:
-    """The power of two in 64 ... 256 whose scores fit MAX_SCORES, and no longer than the sequence needs."""
+    """Returns the power of two in 64 ... 256 whose scores fit MAX_SCORES, no longer than the sequence needs."""
     B, T, N, _ = q_BTNH.shape
     fitting = math.isqrt(MAX_SCORES // (B * N))
     needed = max(T, k_BSKH.shape[1])
@@ -148,7 +148,7 @@ def _block_size(q_BTNH, k_BSKH) -> int:
 
 
 def _key_blocks(visible, block):
-    """The blocks of keys, first and one past the last, that hold every key that some query sees."""
+    """Returns the blocks of keys, first and one past the last, that hold every key that some query sees."""
     start_Bt, end_Bt = visible
     sees = start_Bt < end_Bt
     first = jnp.min(start_Bt, where=sees, initial=jnp.iinfo(start_Bt.dtype).max) // block
@@ -156,7 +156,7 @@ def _key_blocks(visible, block):
 
 
 def _scores(q_BKRH, k_BKsH, visible, first_key):
-    """Scaled FP32 scores of one pair of blocks, MASKED where the query does not see the key."""
+    """Returns the scaled FP32 scores of one pair of blocks, MASKED where the query does not see the key."""
     start_Bt, end_Bt = (x[:, None, None, :, None] for x in visible)
     s_BKRs = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKsH) / math.sqrt(q_BKRH.shape[-1])
     B, K, _, num_keys = s_BKRs.shape
@@ -170,7 +170,7 @@ def _dot(dims, x, y):
 
 
 def _pad(x_BT, block):
-    """Zeros up to a whole number of blocks; padded ranges are empty, padded keys are in no range."""
+    """Pads with zeros to a whole number of blocks; padded ranges are empty, padded keys are in no range."""
     return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % block)] + [(0, 0)] * (x_BT.ndim - 2))
 
 
@@ -179,13 +179,13 @@ def _heads_first(x_BSKH):
 
 
 def _fold(x_BtNH, K):
-    """[B, t, N, H] -> [B, K, G * t, H]."""
+    """Reshapes [B, t, N, H] to [B, K, G * t, H]."""
     B, t, N, H = x_BtNH.shape
     return x_BtNH.reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
 
 def _unfold(x_BKRH, t):
-    """[B, K, G * t, H] -> [B, t, N, H]."""
+    """Reshapes [B, K, G * t, H] to [B, t, N, H]."""
     B, K, R, H = x_BKRH.shape
     return x_BKRH.reshape(B, K, R // t, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, -1, H)
 

@@ -10,12 +10,12 @@ from herd_jax.models.attention.ranges import Ranges, sees_something, visible
 
 
 def tokamax_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges, *, causal_rows: bool) -> jax.Array:
-    """Flash attention of tokamax over the keys that the ranges let each query see; see `attention.attention` for the contract.
+    """Computes flash attention by tokamax over the keys that the ranges let each query see; see `attention.attention` for the contract.
 
     The public function of tokamax takes a dense mask only; its op layer takes one range, in a `Mask`. The forward kernels skip
     the tiles outside it. The backward kernel of Mosaic visits every tile, except above the diagonal of a causal mask: so
     where the range ends at the diagonal (`causal_rows`), it is passed as a causal mask with a start. The backward kernel of
-    Triton makes a dense boolean mask of the range. Several ranges are a dense boolean mask.
+    Triton makes a dense boolean mask of the range. Several ranges are passed as a dense boolean mask.
     """
     from tokamax._src.ops.attention.base import Mask  # optional: pip install 'herd-jax[gpu]'
 
@@ -37,7 +37,7 @@ def tokamax_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, r
 
 
 def _flash_kernel(dtype):
-    """The fastest kernel with a backward pass for this GPU and dtype: Mosaic on Hopper and Blackwell, else Triton."""
+    """Returns the fastest kernel with a backward pass for this GPU and dtype: Mosaic on Hopper and Blackwell, else Triton."""
     from tokamax._src.ops.attention.api import IMPLEMENTATIONS
 
     capability = float(jax.local_devices()[0].compute_capability)
@@ -46,6 +46,6 @@ def _flash_kernel(dtype):
 
 
 def cudnn_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Causal attention of whole rows by cuDNN (BF16 or FP16): no document mask, no context parallelism."""
+    """Computes causal attention of whole rows by cuDNN (BF16 or FP16), without a document mask and without context parallelism."""
     assert q_BTNH.shape[1] == k_BSKH.shape[1], "cudnn attention needs the queries of the whole row"
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")

@@ -1,4 +1,4 @@
-"""The ranges of keys that queries see: pairs (start_BT, end_BT), int32, of which a query sees the keys start <= s < end."""
+"""The ranges of keys that queries see: pairs (start_BT, end_BT), int32; a query sees the keys start <= s < end."""
 
 import functools
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The barriers of a save's background, to which a process that could not write comes too.
 
 Orbax has two, "written" and "committed", and lets a process whose writing failed pass them by; the others then wait there for it until
-their time limit. With these it comes to those that it passed by before it goes on, and says so; the others then raise too, before
-process 0 gives the checkpoint its name. So the end of a save, good or bad, is one that all processes reach together.
+their time limit. With the barriers here, that process comes to those that it passed by, and says that it failed; the others then raise
+too, before process 0 gives the checkpoint its name. So the end of a save, good or bad, is one that all processes reach together.
 """
 
 import itertools

@@ -48,7 +48,7 @@ class CheckpointConfig:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}: set it to 1 or more")
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of the step is saved, in the durable directory or locally."""
+        """Returns whether a checkpoint of the step is saved, in the durable directory or locally."""
         return self.is_durable(step) or bool(self.local_directory) and step % self.local_every_steps == 0
 
     def is_durable(self, step: int) -> bool:
@@ -97,7 +97,7 @@ class Checkpointer:
         `config` and `position` are json-able. Waits for a save still under way. Raises SaveFailed where that one, or this one,
         cannot be written; the earlier checkpoints are then intact.
         """
-        self.wait()  # before the checksums, which wait for all: so no process begins a save before all have finished the one before
+        self.wait()  # before the checksums, which wait for all: so no process begins a save before all have finished the last one
         val_loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         record = {"config": config, "position": position, "val_loss": val_loss}
         record |= {"leaves": leaf_types(state), "checksums": checksums(state), "held": held_here(state) if self.private else None}
@@ -113,23 +113,23 @@ class Checkpointer:
             self._manager.save(step, args=ocp.args.Composite(state=state_args, record=ocp.args.JsonSave(sealed(record))), force=True)
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints are completely written (by all processes, where they are private), oldest first."""
+        """Returns the steps whose checkpoints are completely written (by all processes, where they are private), oldest first."""
         steps = sorted(ocp.path.step.checkpoint_steps(self.directory))
         return orbax_storage.on_every_process(steps) if self.private else steps
 
     def config(self) -> dict | None:
-        """The run config stored with the newest checkpoint whose record is readable; None where there is none."""
+        """Returns the run config stored with the newest checkpoint whose record is readable; None where there is none."""
         newest = self.newest()
         return newest and newest[1]["config"]
 
     def newest(self) -> tuple[Path, dict] | None:
-        """Of the newest checkpoint whose record is readable: the directory in which Orbax has its state, and the record."""
+        """Returns, of the newest checkpoint whose record is readable, the directory in which Orbax has its state, and the record."""
         return newest_record([self])
 
     def restore(self, abstract_state: PyTree) -> Restored | None:
         """Reads the newest readable checkpoint onto the shardings of `abstract_state` (leaves: ShapeDtypeStruct with sharding).
 
-        None where no checkpoint is. Damaged ones newer than the one returned are renamed to `DIRECTORY.corrupt-STEP`, with a
+        Returns None where there is no checkpoint. Damaged ones newer than the one returned are renamed to `DIRECTORY.corrupt-STEP`, with a
         warning each. Raises UserError where none is readable (then nothing is renamed) or where the saved state has other leaves,
         shapes or dtypes than `abstract_state`.
         """
@@ -145,7 +145,7 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for this process's part of a save, then releases the background threads; raises SaveFailed as `wait` does.
 
-        Without the other processes: where an error ended this one, they may never come.
+        It does not wait for other processes: where an error ended this one, they may never come.
         """
         try:
             with self._writing(alone=True):
@@ -155,7 +155,7 @@ class Checkpointer:
             self._manager.close()  # does not raise again what was raised
 
     def read(self, step: int, abstract_state: PyTree) -> Restored:
-        """The checkpoint of `step`, verified, or Unreadable; all processes find the same."""
+        """Returns the checkpoint of `step`, verified. Raises Unreadable where it is damaged; all processes find the same."""
         record = self.read_record(step)
         if orbax_storage.on_any(self.private and record["held"] != held_here(abstract_state), "reading a checkpoint"):
             raise Unreadable("other parts of the state belonged to this process")
@@ -169,7 +169,7 @@ class Checkpointer:
         return Restored(step, state, record["config"], record["position"])
 
     def read_record(self, step: int) -> dict:
-        """What is stored beside the state of `step`, or Unreadable."""
+        """Returns what is stored beside the state of `step`. Raises Unreadable where that is damaged."""
         with self._reading(step):
             stored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
             if sealed(stored["record"]) != stored:
@@ -230,7 +230,7 @@ class Checkpointer:
         for step in self.steps():
             if step not in self._policy.sizes:
                 self._policy.note_written(step)
-            with contextlib.suppress(Unreadable):  # it cannot be called the best
+            with contextlib.suppress(Unreadable):  # then it is never the best
                 self._policy.val_losses[step] = self.read_record(step)["val_loss"]
         self._is_prepared = True
 
@@ -264,7 +264,7 @@ class Checkpointer:
 
 
 def newest_record(checkpointers: Sequence[Checkpointer]) -> tuple[Path, dict] | None:
-    """Of the newest checkpoint of all whose record is readable: the directory in which Orbax has its state, and the record."""
+    """Returns, of the newest checkpoint of all whose record is readable, the directory in which Orbax has its state, and the record."""
     for step, checkpointer in _newest_first(checkpointers):
         with contextlib.suppress(Unreadable):  # restore_newest() names it and sets it aside
             return checkpointer.directory / str(step) / "state", checkpointer.read_record(step)
@@ -272,9 +272,10 @@ def newest_record(checkpointers: Sequence[Checkpointer]) -> tuple[Path, dict] | 
 
 
 def restore_newest(checkpointers: Sequence[Checkpointer], abstract_state: PyTree, last_step: float = math.inf) -> Restored | None:
-    """`Checkpointer.restore` over several, of which the first is asked first for a step that more than one has; none after `last_step`.
+    """Does what `Checkpointer.restore` does, with the checkpoints of several that are not after `last_step`.
 
-    Private checkpoints that cannot be used never end a run that has lost nothing else: without others, it starts anew (None).
+    A step that more than one of them has is read from the first of these. Private checkpoints that cannot be used never end a run that has
+    lost nothing else: without others, it starts anew (None).
     """
     candidates = [(step, checkpointer) for step, checkpointer in _newest_first(checkpointers) if step <= last_step]
     for checkpointer in checkpointers:

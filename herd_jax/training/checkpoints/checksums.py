@@ -12,26 +12,26 @@ PyTree = Any
 
 
 def leaf_types(state: PyTree) -> dict[str, str]:
-    """Leaf name -> dtype and shape, such as "float32[4, 8]", in the order of the pytree; the leaves may be abstract."""
+    """Returns leaf name -> dtype and shape, such as "float32[4, 8]", in the order of the pytree; the leaves may be abstract."""
     return {
         jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
 def checksums(state: PyTree) -> dict[str, int]:
-    """Leaf name -> checksum of the whole array. In a run of several processes all of them must call it (the sums go over devices)."""
+    """Returns leaf name -> checksum of the whole array. In a run of several processes all of them must call it (the sums go over devices)."""
     return dict(zip(leaf_types(state), (int(value) for value in _checksums(jax.tree.leaves(state))), strict=True))
 
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """In one program: of programs one after the other, a few devices on CPU stop each other once 32 are under way."""
+    """Computes all checksums in one program: with one program each, devices on CPU can block each other once 32 are under way."""
     return [checksum(leaf) for leaf in leaves]
 
 
 @jax.jit
 def checksum(array: jax.Array) -> jax.Array:
-    """A uint32: the sum, modulo 2**32, of each element's bits times an odd number made of its index.
+    """Returns a uint32: the sum, modulo 2**32, of each element's bits times an odd number made of its index.
 
     Addition has no order, so the sharding does not matter; the odd factor makes each change of one element count, and most swaps.
     """
@@ -45,7 +45,7 @@ def checksum(array: jax.Array) -> jax.Array:
 
 
 def held_here(state: PyTree) -> int:
-    """A checksum of which parts of which leaves this process's devices hold; the leaves may be abstract, with shardings."""
+    """Returns a checksum of which parts of which leaves this process's devices hold; the leaves may be abstract, with shardings."""
     held = [
         sorted(str(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values())
         for leaf in jax.tree.leaves(state)
@@ -54,5 +54,8 @@ def held_here(state: PyTree) -> int:
 
 
 def sealed(record: dict) -> dict:
-    """The record as JSON gives it back, in its order (rows depend on that of the sources), and a checksum of its text, which does not."""
+    """Returns the record as JSON reads it back, and a checksum of its text.
+
+    The record keeps its order, since rows depend on the order of the sources; the checksum does not depend on it.
+    """
     return {"record": json.loads(json.dumps(record)), "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}

@@ -1,7 +1,7 @@
 """A run's checkpoints in two tiers: durable ones that all processes share and, saved more often, fast ones on each host.
 
 A local checkpoint is the parts of the state that one process's devices hold. It is used where every process still has its part of the
-same step, on a mesh that shares the state out alike, and where the checksums of the whole arrays agree; else an older one, or the
+same step, on a mesh that divides the state in the same way, and where the checksums of the whole arrays agree; else an older one, or the
 durable one. The two newest are kept: a process begins to save only when all have finished the save before, so one is always whole.
 """
 
@@ -39,7 +39,7 @@ class TieredCheckpointer:
         self._local = None
         if config.local_directory:
             self._local = Checkpointer(_local_directory(directory, config), LOCAL_KEEP, private=True)
-        self._tiers = [tier for tier in (self._local, self._durable) if tier]  # of the same step, the local one is read
+        self._tiers = [tier for tier in (self._local, self._durable) if tier]  # a step that both have is read from the local one
         self._failures = 0  # durable saves since the last one that was written
         self._last_failure: SaveFailed | None = None  # that no later save has made good
 
@@ -74,16 +74,16 @@ class TieredCheckpointer:
                     self._failures, self._last_failure = 0, None
 
     def steps(self) -> list[int]:
-        """The steps that can be restored if their files are whole, oldest first."""
+        """Returns the steps that can be restored if their files are whole, oldest first."""
         return sorted({step for tier in self._tiers for step in tier.steps()})
 
     def newest(self) -> tuple[Path, dict] | None:
-        """Of the newest checkpoint whose record is readable: the directory in which Orbax has its state, and the record."""
+        """Returns, of the newest checkpoint whose record is readable, the directory in which Orbax has its state, and the record."""
         return newest_record(self._tiers)
 
     def restore(self, abstract_state: PyTree, last_step: float = math.inf) -> Restored | None:
-        """The newest whole checkpoint of both tiers that is not after `last_step`, as `Checkpointer.restore`; local ones that cannot be
-        used are deleted."""
+        """Restores the newest whole checkpoint of both tiers that is not after `last_step`, as `Checkpointer.restore` does; local ones that
+        cannot be used are deleted."""
         restored = restore_newest(self._tiers, abstract_state, last_step)
         if self._local:
             self._local.delete_after(restored.step if restored else 0)
@@ -134,17 +134,17 @@ def delete_local(directory: Path, config: CheckpointConfig) -> None:
 
 
 def _local_directory(directory: Path, config: CheckpointConfig) -> Path:
-    """This process's own; of another run we never see one."""
+    """Returns the directory of this process's local checkpoints of this run; another run has another one."""
     return user_path(config.local_directory) / f"{_run_id(directory)}-{jax.process_index()}"
 
 
 def _report(failed: SaveFailed) -> None:
-    if failed.__cause__ or jax.process_index() == 0:  # where it happened, and where one looks
+    if failed.__cause__ or jax.process_index() == 0:  # the process where it happened, and the one whose output is read
         print(f"warning: {failed.what}: training goes on, the next save tries again; the earlier checkpoints are intact", file=sys.stderr)
 
 
 def _run_id(directory: Path) -> str:
-    """Written beside the durable checkpoints when the run is born: who moves them away to start anew gets another one."""
+    """Returns the run's id, written beside the durable checkpoints when the run begins: moved away to start anew, they leave room for another."""
     digits = np.zeros(16, np.uint8)
     if jax.process_index() == 0:
         path = directory / ".run"

@@ -26,12 +26,12 @@ from herd_jax.training.checkpoints.background_barriers import BackgroundBarriers
 # How long a process waits for the others, in a save or a restore, and how long the writing of one checkpoint may take; at the start of a
 # save Orbax waits for 300 s.
 TIME_LIMIT_S = 600
-ALONE_S = 15  # after which a process that could not read or write a checkpoint takes the others for ones that could, and wait for it
+ALONE_S = 15  # after so long, a process that could not read or write a checkpoint assumes that the others could, and wait for it in Orbax
 TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 # Of the exceptions that reading raises (of any class, for damaged files), those that say nothing about the files.
 _NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)  # jax's own errors, such as device memory, are RuntimeErrors
 _NOT_DAMAGE_TEXTS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
-_MIN_CHUNK_BYTES = 1 << 20  # below it, a chunk's own cost shows
+_MIN_CHUNK_BYTES = 1 << 20  # smaller chunks cost noticeably more
 _barriers = itertools.count()
 
 
@@ -44,7 +44,7 @@ class Unreadable(Exception):
 
 
 def make_manager(directory: Path, private: bool, policy: "NewestAndBest", when_written: Callable[[], None]) -> ocp.CheckpointManager:
-    """Orbax's manager of a directory that all processes share, or of one that is `private` to this process.
+    """Returns Orbax's manager of a directory that all processes share, or of one that is `private` to this process.
 
     `when_written` is called in the background when a save is complete (on process 0, or where it is private).
     """
@@ -85,7 +85,10 @@ def state_to_restore(abstract_state: Any, private: bool) -> ocp.args.CheckpointA
 
 
 def require_room(directory: Path, state: Any, private: bool) -> None:
-    """Raises OSError on all processes where the disk has no room for `state`. One that fills up later leaves some of them in Orbax's barriers."""
+    """Raises OSError on all processes where the disk has no room for `state`.
+
+    Where it fills up later, some processes are left waiting in Orbax's barriers.
+    """
     arrays = jax.tree.leaves(state)
     if private:
         arrays = [shard.data for array in arrays for shard in array.addressable_shards]
@@ -95,7 +98,7 @@ def require_room(directory: Path, state: Any, private: bool) -> None:
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:
-    """A layer of a stack becomes a chunk of its own, to be read without the others; a row of a matrix is too small for one."""
+    """Returns how an array is cut: each layer of a stack is a chunk, to be read without the others; a row of a matrix is too small for one."""
     row_shape = array.sharding.shard_shape(array.shape)[1:]
     is_stack = math.prod(row_shape) * array.dtype.itemsize >= _MIN_CHUNK_BYTES
     return ocp.SaveArgs(shard_axes=(0,) if is_stack else ())
@@ -103,7 +106,7 @@ def _save_args(array: jax.Array) -> ocp.SaveArgs:
 
 @dataclasses.dataclass
 class NewestAndBest:
-    """Orbax's PreservationPolicy: keeps the newest `keep` that are whole and the one with the lowest validation loss (the later of two).
+    """Orbax's PreservationPolicy: keeps the newest `keep` that are whole and the one with the lowest validation loss (of equals the later).
 
     Whole: its files have the sizes with which they were written; so a truncated one never makes an older, whole one go. (Bits that
     flipped show only when it is read.) Orbax's own BestN has its metrics read when the manager is made, where one damaged file
@@ -123,7 +126,7 @@ class NewestAndBest:
         return [step == best or step in steps[-self.keep :] or step in whole[-self.keep :] for step in steps]
 
     def note_written(self, step: int) -> None:
-        """To be called when the step's files are written; their directory may still have its temporary name."""
+        """Notes the sizes of the step's files, once they are written; their directory may still have its temporary name."""
         (directory,) = [*self.directory.glob(f"{step}{TEMPORARY}*"), *self.directory.glob(str(step))][:1]
         self.sizes[step] = {path.relative_to(directory): path.stat().st_size for path in directory.glob("*/**/*") if path.is_file()}
 
@@ -154,13 +157,13 @@ def wait_for_all(what: str, seconds: int | None = None) -> None:
 
 
 def on_any(flag: bool, what: str, seconds: int | None = None) -> bool:
-    """Whether `flag` is set on any process; all of them call it."""
+    """Returns whether `flag` is set on any process; all of them must call it."""
     wait_for_all(what, seconds)
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def on_every_process(steps: list[int]) -> list[int]:
-    """Of the steps (at most the 16 newest), those that every process has."""
+    """Returns those of the steps (at most the 16 newest) that every process has."""
     padded = np.array(([-1] * 16 + steps)[-16:], np.int32)
     wait_for_all("comparing the local checkpoints")
     everyones = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, 16)
@@ -169,8 +172,10 @@ def on_every_process(steps: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def reading(private: bool) -> Iterator[None]:
-    """Turns the errors of damaged files into Unreadable, on every process where all came out of reading; else into UnreadableHere
-    (of private ones, in which nobody waits for others, all do)."""
+    """Turns the errors of damaged files into Unreadable on every process, if all of them come back from reading; else into UnreadableHere.
+
+    From reading `private` checkpoints all come back, since there nobody waits for others.
+    """
     damage = None
     try:
         with within_time("reading a checkpoint"):
@@ -205,7 +210,7 @@ def warn(text: str) -> None:
 def report_each_error_once() -> None:
     """Silences the echoes of errors that Orbax also raises: its log of them, and the reads in flight when one of them failed.
 
-    And its note, at each private save, that it does not log how many bytes all processes wrote.
+    It also silences Orbax's note, at each private save, that it does not log how many bytes all processes wrote.
     """
     report = sys.unraisablehook
 

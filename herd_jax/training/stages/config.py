@@ -1,4 +1,4 @@
-"""What a run of several stages is told: the stages and the gate between two of them. `herd_jax.training.stages.stages` runs them."""
+"""The configuration of a run of several stages: the stages and the gate between two of them. `herd_jax.training.stages.stages` runs them."""
 
 import dataclasses
 from collections.abc import Sequence

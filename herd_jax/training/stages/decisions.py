@@ -29,7 +29,7 @@ class Verdict:
 
 
 class Decisions:
-    """Of the run in `workdir`, oldest first. Raises UserError where the file cannot be read or written."""
+    """The decisions about the run in `workdir`, oldest first. Raises UserError where the file cannot be read or written."""
 
     def __init__(self, workdir: Path) -> None:
         self._path = workdir / DECISIONS
@@ -41,20 +41,20 @@ class Decisions:
 
     @property
     def short_loss(self) -> float | None:
-        """The short-context loss at the end of the first stage; None before."""
+        """Returns the short-context loss at the end of the first stage; None before."""
         first = self.last(1)
         return first["short_loss"] if first and first["verdict"] == "passed" else None
 
     def last(self, number: int) -> dict | None:
-        """The newest line of a stage."""
+        """Returns the newest line of a stage; None where there is none."""
         return next((line for line in reversed(self._lines) if line["stage"] == number), None)
 
     def num_rounds(self, number: int) -> int:
-        """How often the stage was made to train on."""
+        """Returns how often the stage was made to train on."""
         return sum(line["stage"] == number and line["verdict"] == "trains on" for line in self._lines)
 
     def add(self, number: int, stage: RunConfig, passed: bool, trains_to: int | None, verdict: Verdict) -> dict:
-        """Notes and prints what was decided at the end of `stage` as it was trained last; the line."""
+        """Notes and prints what was decided at the end of `stage` as it was trained last; returns the line."""
         num_steps = stage.train.num_steps
         line = {"stage": number, "seq_len": stage.train.seq_len, "steps": num_steps, "tokens": stage.train.ramp.tokens_before(num_steps)}
         line |= {"short_loss_before": self.short_loss, "short_loss": verdict.short_loss, "needle_recall": verdict.needle_recall}

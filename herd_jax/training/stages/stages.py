@@ -1,5 +1,6 @@
 """A run as a list of stages (section 3.4.2 of the paper): each is a run of its own, in WORKDIR/stages/NUMBER-LENGTH, that begins with the
-whole state of the one before, at step 0 of its own schedule and on a mesh of its own. Between two stands a gate.
+whole state of the one before, at step 0 of its own schedule and on a mesh of its own. Between two stages a gate decides whether the next
+one begins.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ class Gate(Protocol):
 
 
 def stage_configs(config: RunConfig) -> list[RunConfig]:
-    """Each stage as a run of its own; the run itself where it has none. Raises UserError for a stage that cannot be."""
+    """Returns each stage as a run of its own; the run itself where it has no stages. Raises UserError for a stage that is impossible."""
     configs = []
     for number, stage in enumerate(config.train.stages, start=1):
         if number > 1 and stage.data is None and config.data.phases:
@@ -58,7 +59,7 @@ def stage_configs(config: RunConfig) -> list[RunConfig]:
 
 
 def devices_of(config: RunConfig) -> MeshConfig:
-    """A mesh of as many devices as every stage's has. Raises UserError where their numbers differ."""
+    """Returns a mesh of as many devices as every stage's has. Raises UserError where their numbers differ."""
     meshes = [stage.mesh for stage in stage_configs(config)]
     inner = [mesh.tp * mesh.cp * mesh.pp for mesh in meshes]
     fixed = {size * mesh.dp for size, mesh in zip(inner, meshes) if mesh.dp}
@@ -88,7 +89,7 @@ def train_stages(config: RunConfig, task: Task, gate: Gate, initial: Initial | N
         if last is None or last["verdict"] != "passed":
             _train_until_passed(stages, task, number, begin, gate, decisions)
         elif number == len(stages) or not _has_begun(stages[number]):
-            train(_to_step(stage, last["steps"]), task, begin)  # there is nothing to do, but where its last checkpoint cannot be read
+            train(_to_step(stage, last["steps"]), task, begin)  # does nothing, unless its last checkpoint cannot be read
         begin = _StageBefore(number, stage, decisions.last(number)["steps"])
 
 
@@ -120,14 +121,14 @@ def _train_until_passed(
 
 @dataclasses.dataclass(frozen=True)
 class _StageBefore:
-    """The state at the end of a stage, after `num_steps` steps, as that with which the next one begins."""
+    """The state at the end of a stage, after `num_steps` steps, with which the next one begins."""
 
     number: int
     stage: RunConfig
     num_steps: int
 
     def load_state(self, steps: Steps, seed: int) -> State:
-        """Parameters, the optimizer's moments and their age; the step, and the schedule's, are 0."""
+        """Returns a state with that stage's parameters, optimizer moments and their age; its step, and that of the schedule, are 0."""
         checkpointer = Checkpointer(_checkpoints(self.stage), self.stage.checkpoint.keep)
         restored = checkpointer.restore(steps.plan.abstract_canonical())
         checkpointer.close()
@@ -142,7 +143,7 @@ class _StageBefore:
         return jax.jit(begin, out_shardings=steps.plan.shardings, donate_argnums=0)(steps.plan.from_canonical(restored.state))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """All stages were compared before the first."""
+        """Does nothing: the tokenizers of all stages were compared before the first."""
 
 
 def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConfig:
@@ -177,7 +178,7 @@ def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConf
 
 
 def _check(stages: list[RunConfig], task: Task, gate: Gate) -> None:
-    """Refuses before the first stage what would be refused when a later one begins."""
+    """Raises UserError before the first stage for what would be an error when a later one begins."""
     fingerprint = None
     for number, stage in enumerate(stages, start=1):
         with _of_stage(number):
@@ -198,7 +199,7 @@ def _of_stage(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched_evaluation(stage: RunConfig) -> Iterator[None]:
-    """What is done inside, after the last step of the stage, is an evaluation in its timeline, and must not hang."""
+    """Records what is done inside, after the last step of the stage, as an evaluation in its timeline, and watches that it does not hang."""
     workdir = stage.directory
     timeline = Timeline(workdir, time.time(), begins=False)
     timeline.rename("evaluation")
@@ -212,7 +213,7 @@ def _watched_evaluation(stage: RunConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ending_at_once() -> Iterator[None]:
-    """Signals end what is under way, which is asked again at the next start."""
+    """Lets a signal end the gate's evaluation at once; the next start repeats it."""
 
     def end(number, frame):
         if number == signal.SIGINT:
