@@ -59,7 +59,7 @@ def start(mesh=(2, 1, 1, 4)):
 @pytest.mark.parametrize("mesh", [(2, 2, 2, 1), (2, 1, 1, 4)])
 def test_a_healthy_step_is_the_same_verified_or_not(mesh, tmp_path):
     steps, state, batch = start(mesh)
-    verified, metrics = verification(steps, tmp_path).take(1, steps.train, state, batch)
+    verified, metrics = verification(steps, tmp_path).run(1, steps.train, state, batch)
     expected, expected_metrics = steps.train(steps.plan.init(0), batch)
     chex.assert_trees_all_equal((verified, metrics), (expected, expected_metrics))
     assert leaf_types(verified)[LEAF]  # what the tests below flip is there
@@ -75,8 +75,8 @@ def test_only_the_steps_that_are_due_are_computed_twice(tmp_path):
 
     checked, never = verification(steps, tmp_path, 2), verification(steps, tmp_path, 0)
     for number in range(1, 5):
-        state, _ = checked.take(number, compute, state, batch)
-    never.take(5, compute, state, batch)
+        state, _ = checked.run(number, compute, state, batch)
+    never.run(5, compute, state, batch)
     assert computed == [1, 2, 2, 3, 4, 4, 5]
 
 
@@ -90,7 +90,7 @@ def test_a_bit_that_flips_in_one_of_both_is_found(wrong_one, tmp_path):
         return (flip(new, LEAF, 5) if next(number) == wrong_one else new), metrics
 
     with pytest.raises(Miscomputed) as error:
-        verification(steps, tmp_path).take(1, compute, state, batch)
+        verification(steps, tmp_path).run(1, compute, state, batch)
     text = str(error.value)
     assert text.startswith("step 1 ") and f"(1 elements, most of them in {LEAF}), on device 5 (process 0 on here) alone" in text
     assert "checkpoints after step 0" in text and error.value.status == MISCOMPUTED
@@ -100,7 +100,7 @@ def test_copies_that_went_apart_are_found(tmp_path):
     """Both computations agree, as the copy was wrong before."""
     steps, state, batch = start()
     with pytest.raises(Miscomputed, match=r"copies of .params\['layers'\]\['attention_norm'\] are not alike, on device 0 \(process 0 on here\);"):
-        verification(steps, tmp_path).take(1, steps.train, flip(state, LEAF, 0, bit=30), batch)
+        verification(steps, tmp_path).run(1, steps.train, flip(state, LEAF, 0, bit=30), batch)
 
 
 def miscomputing(monkeypatch, rank):
@@ -121,7 +121,7 @@ def test_the_device_is_named_although_its_error_went_to_all(monkeypatch, tmp_pat
     steps = dataclasses.replace(steps)  # to be compiled anew
     miscomputing(monkeypatch, rank=2)
     with pytest.raises(Miscomputed) as error:
-        verification(steps, tmp_path).take(1, steps.train, state, batch)
+        verification(steps, tmp_path).run(1, steps.train, state, batch)
     assert "and so has the gradient of device 4 (process 0 on here), device 5 (process 0 on here) alone;" in str(error.value)
 
 
@@ -133,7 +133,7 @@ def test_what_does_not_happen_again_names_no_device(monkeypatch, tmp_path):
     monkeypatch.undo()
     steps.__dict__["fingerprint"] = fine.fingerprint
     with pytest.raises(Miscomputed, match=f"on all devices; in {NUM_REPETITIONS} repetitions the gradient of each device was the same"):
-        verification(steps, tmp_path).take(1, steps.train, state, batch)
+        verification(steps, tmp_path).run(1, steps.train, state, batch)
 
 
 def test_the_program_ends_with_a_status_of_its_own(capsys):
