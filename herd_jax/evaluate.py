@@ -32,7 +32,7 @@ def _run(commands) -> None:
             _evaluation(args), args.tasks, args.data, args.limit, batch_size=args.batch_size, chats=args.chat, preset=args.preset
         )
 
-    command = commands.add_parser("run", help="tasks through lm-evaluation-harness, with 95 % intervals; started again, it continues")
+    command = commands.add_parser("run", help="tasks through lm-evaluation-harness, with 95 %% intervals; started again, it continues")
     _add_model(command)
     command.add_argument(
         "--tasks", required=True, nargs="+", metavar="TASK", help="mmlu, commonsense_qa, piqa, openbookqa, boolq, asdiv, ifeval, humaneval "

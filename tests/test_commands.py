@@ -45,12 +45,7 @@ def test_an_unknown_argument_is_one_sentence_and_exit_2(argument, remedy):
     assert ran.stderr.startswith(f"error: unknown argument '{argument}': {remedy}") and ran.stderr.count("\n") == 1
 
 
-BROKEN = {"evaluate": "a bare % in the help of a subcommand: it has to be written %%"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(reason=BROKEN[name])) if name in BROKEN else name for name in commands(ROOM)]
-)
+@pytest.mark.parametrize("name", commands(ROOM))
 def test_every_command_has_help(name, monkeypatch, capsys):
     """In this process: most of the commands import jax, which takes seconds."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
