@@ -252,7 +252,7 @@ def test_a_gate_that_hangs_is_ended(data, whole, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="as if it were not the end"):
         train_stages(config(data, workdir, watchdog={"other_seconds": 0.5}), NEXT_TOKEN, Hanging())
     record = next((workdir / "stages" / "2-64" / "flight").glob("step-6-*.txt")).read_text()
-    assert "in phase 'evaluation' after step 6: no progress for" in record
+    assert "in activity 'evaluation' after step 6: no progress for" in record
 
 
 def test_what_a_stage_changes(data):
