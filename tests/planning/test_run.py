@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from run_configs import config, phases
 
 from herd_jax import plan
 from herd_jax.config import read_command_line
 from herd_jax.errors import UserError
 from herd_jax.planning.run import run_phases
 from herd_jax.training.config import RunConfig
-from run_configs import config, phases
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -12,7 +12,7 @@ from datatrove.pipeline.base import PipelineStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herd_jax.curation import staging
+from herd_jax.curation import parquet
 from herd_jax.curation.block import Block, DropLog
 from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import DUPLICATE, Duplicates
@@ -88,7 +88,7 @@ def finished(tmp_path_factory):
     config = {"language": {"min_score": 0.5, "languages": ["en", "de"]}}
     (workdir / "config.json").write_text(json.dumps({"config": config, "inputs": {"a": 3, "b": 4}}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "BATCH_CHARACTERS", 50)  # so that a file has several row groups
+        patch.setattr(parquet, "BATCH_CHARACTERS", 50)  # so that a file has several row groups
         for name, steps in pipelines.items():
             steps.append(DropLog(workdir / "dropped" / name, steps))
             for rank in range(TASKS):
