@@ -18,7 +18,7 @@ import jax
 from herd_jax.config import parse
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.evaluation.dataset_value import held_out_losses
-from herd_jax.interop.average import average
+from herd_jax.interop.operations.average import average
 from herd_jax.training.config import RunConfig
 from herd_jax.training.loop import train
 from herd_jax.training.next_token import NEXT_TOKEN

@@ -12,7 +12,7 @@ import argparse
 import jax
 
 from herd_jax.errors import command_line
-from herd_jax.interop.average import average
+from herd_jax.interop.operations.average import average
 from herd_jax.interop.save import FORMATS
 
 

@@ -11,7 +11,7 @@ import argparse
 import jax
 
 from herd_jax.errors import command_line
-from herd_jax.interop.quantize import quantize
+from herd_jax.interop.operations.quantize import quantize
 
 
 @command_line

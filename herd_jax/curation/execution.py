@@ -45,13 +45,13 @@ class ClusterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class CurationPhase:
     name: str
     pipeline: Sequence[PipelineStep]
     num_tasks: int
 
 
-def run_phases(phases: Sequence[Phase], executor: str, workers: int, cluster: ClusterConfig, directory: Path) -> None:
+def run_phases(phases: Sequence[CurationPhase], executor: str, workers: int, cluster: ClusterConfig, directory: Path) -> None:
     """Runs the phases one after another, `workers` tasks at a time (0: as many as there are cores; on a cluster, as fit), with logs, marks
     of completion and the number of tasks of each phase below `directory`. For Slurm all are submitted at once, each job waiting for the one before.
 
@@ -74,7 +74,7 @@ def run_phases(phases: Sequence[Phase], executor: str, workers: int, cluster: Cl
 class LocalExecutor(LocalPipelineExecutor):
     """datatrove's executor, but for who runs the tasks."""
 
-    def __init__(self, phase: Phase, directory: Path):
+    def __init__(self, phase: CurationPhase, directory: Path):
         super().__init__(list(phase.pipeline), phase.num_tasks, logging_dir=str(directory))
         self.phase_name, self.directory = phase.name, directory
 
@@ -160,7 +160,7 @@ def _run_in_worker(phase: int, rank: int) -> None:
     _executors[phase].run_task(rank)
 
 
-def _submit_to_slurm(phases: Sequence[Phase], workers: int, cluster: ClusterConfig, directory: Path) -> None:
+def _submit_to_slurm(phases: Sequence[CurationPhase], workers: int, cluster: ClusterConfig, directory: Path) -> None:
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     if shutil.which("sbatch") is None:
@@ -185,7 +185,7 @@ def _submit_to_slurm(phases: Sequence[Phase], workers: int, cluster: ClusterConf
     previous.run()
 
 
-def _run_on_ray(phases: Sequence[Phase], workers: int, cluster: ClusterConfig, directory: Path) -> None:
+def _run_on_ray(phases: Sequence[CurationPhase], workers: int, cluster: ClusterConfig, directory: Path) -> None:
     try:
         import ray
         from datatrove.executor.ray import RayPipelineExecutor

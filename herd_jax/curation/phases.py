@@ -23,7 +23,7 @@ from herd_jax.curation.deduplication.duplicates import URL, Duplicates, Emit, Re
 from herd_jax.curation.deduplication.lines import LINE, Bucket, CountSurvivors, DuplicateLines, FrequentLines, line_records
 from herd_jax.curation.deduplication.minhash import BAND, MinHash, near_duplicates
 from herd_jax.curation.deduplication.passages import PASSAGE, PassageRecords, RepeatedPassages, repeated_passages
-from herd_jax.curation.execution import Phase
+from herd_jax.curation.execution import CurationPhase
 from herd_jax.curation.heuristics.code_rules import CodeRules
 from herd_jax.curation.heuristics.outliers import Outliers
 from herd_jax.curation.heuristics.rules import prose_blocks
@@ -53,10 +53,10 @@ class CurationPlan:
         self.read, self.filtered, self.clean = workdir / "documents" / "read", workdir / "documents" / "filtered", workdir / "clean"
         self.dropped = [self.exchange / "duplicate_urls"] * config.deduplication.urls + [self.exchange / "near_duplicates"] * (config.deduplication.bands > 0)
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[CurationPhase]:
         return [*self._reading(), *self._deduplication(), *self._filtering(), *self._tokenizing()]
 
-    def _reading(self) -> list[Phase]:
+    def _reading(self) -> list[CurationPhase]:
         config = self.config
         steps = [
             Reader(self.tasks, config.reading),
@@ -71,7 +71,7 @@ class CurationPlan:
         steps[0].problems = self.workdir / "problems"
         return [self._judging("read", steps)]
 
-    def _deduplication(self) -> list[Phase]:
+    def _deduplication(self) -> list[CurationPhase]:
         config, phases = self.config.deduplication, []
         if config.urls:
             phases.append(self._reducing("duplicate_urls", "urls", older_versions))
@@ -83,19 +83,19 @@ class CurationPlan:
         count = CountSurvivors(self.read, tuple(self.dropped), len(self.tasks), survivors)
         lines = [Emit(self.exchange / "lines", LINE, line_records)] if config.lines else []
         words = [CountWords(self.exchange / "words")] if self.config.outliers else []
-        phases += [Phase("survivors", [count], 1), self._mapping("lines", [*self._survivors(), *lines, *words])]
+        phases += [CurationPhase("survivors", [count], 1), self._mapping("lines", [*self._survivors(), *lines, *words])]
         if config.lines:
             frequent = FrequentLines(self.exchange / "lines", self.exchange / "frequent_lines", config.max_line_documents)
-            phases.append(Phase("frequent_lines", [frequent], self._num_reducers))
+            phases.append(CurationPhase("frequent_lines", [frequent], self._num_reducers))
         if self.config.outliers:
-            phases.append(Phase("words", [SumWords(self.exchange / "words", self.exchange / "words.npz")], 1))
+            phases.append(CurationPhase("words", [SumWords(self.exchange / "words", self.exchange / "words.npz")], 1))
         if config.passage_words:
             emit = Emit(self.exchange / "passages", PASSAGE, PassageRecords(config.passage_words))
             phases.append(self._mapping("passages", [*self._survivors(), *self._without_lines(), emit]))
             phases.append(self._reducing("repeated_passages", "passages", repeated_passages))
         return phases
 
-    def _filtering(self) -> list[Phase]:
+    def _filtering(self) -> list[CurationPhase]:
         config = self.config
         passages = config.deduplication.passage_words
         steps = [
@@ -108,7 +108,7 @@ class CurationPlan:
         ]
         phases, index, hits = [], self.exchange / "benchmarks.npz", self.exchange / "benchmark_hits"
         if config.decontamination.benchmarks:
-            phases.append(Phase("benchmarks", [BuildIndex(config.decontamination, index)], 1))
+            phases.append(CurationPhase("benchmarks", [BuildIndex(config.decontamination, index)], 1))
             steps.append(Decontaminate(config.decontamination, index, hits))
         steps += [*([Quality(config.quality)] if config.quality else []), Categories(config.categories)]
         if not config.topic_caps:
@@ -116,31 +116,31 @@ class CurationPlan:
         else:
             rates = self.exchange / "topic_rates.json"
             phases.append(self._judging("filter", [*steps, Store(self.filtered, CLEAN_COLUMNS)]))
-            phases.append(Phase("topics", [TopicRates(config.topic_caps, self.filtered, rates)], 1))
+            phases.append(CurationPhase("topics", [TopicRates(config.topic_caps, self.filtered, rates)], 1))
             phases.append(self._judging("publish", [Load(self.filtered), Rebalance(rates), *self._publishing()]))
         if config.decontamination.benchmarks:
-            phases.append(Phase("contamination", [ReportContamination(index, hits, self.workdir / "contamination.json")], 1))
+            phases.append(CurationPhase("contamination", [ReportContamination(index, hits, self.workdir / "contamination.json")], 1))
         return phases
 
-    def _tokenizing(self) -> list[Phase]:
+    def _tokenizing(self) -> list[CurationPhase]:
         config, tokenizer, parts, streams = self.config, self.workdir / "tokenizer", self.workdir / "parts", self.workdir / "streams"
         return [
-            Phase("tokenizer", [MakeTokenizer(config.tokenizer, self.clean, tokenizer)], 1),
+            CurationPhase("tokenizer", [MakeTokenizer(config.tokenizer, self.clean, tokenizer)], 1),
             self._mapping("tokenize", [Tokenize(self.clean, tokenizer, parts)]),
-            Phase("streams", [Join(parts, tokenizer, streams, config.validation_fraction)], JOINERS),
-            Phase("mix", [PlanMix(config.mix, streams, config.high_quality, self.workdir)], 1),
+            CurationPhase("streams", [Join(parts, tokenizer, streams, config.validation_fraction)], JOINERS),
+            CurationPhase("mix", [PlanMix(config.mix, streams, config.high_quality, self.workdir)], 1),
         ]
 
-    def _mapping(self, name: str, steps: list[PipelineStep]) -> Phase:
+    def _mapping(self, name: str, steps: list[PipelineStep]) -> CurationPhase:
         """Returns a phase over the tasks of the input."""
-        return Phase(name, steps, len(self.tasks))
+        return CurationPhase(name, steps, len(self.tasks))
 
-    def _judging(self, name: str, steps: list[PipelineStep]) -> Phase:
+    def _judging(self, name: str, steps: list[PipelineStep]) -> CurationPhase:
         """Returns a mapping whose blocks log what they drop."""
         return self._mapping(name, [*steps, DropLog(self.workdir / "dropped" / name, steps)])
 
-    def _reducing(self, target: str, source: str, function) -> Phase:
-        return Phase(target, [Reduce(self.exchange / source, self.exchange / target, function)], self._num_reducers)
+    def _reducing(self, target: str, source: str, function) -> CurationPhase:
+        return CurationPhase(target, [Reduce(self.exchange / source, self.exchange / target, function)], self._num_reducers)
 
     @property
     def _num_reducers(self) -> int:

@@ -11,7 +11,7 @@ from ml_dtypes import float8_e4m3fn
 
 from herd_jax.inference.scoring.continuations import ContinuationScorer
 from herd_jax.interop.load import open_source
-from herd_jax.interop.quantize import QuantizedSource
+from herd_jax.interop.operations.quantize import QuantizedSource
 from herd_jax.interop.save import reader, save
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.model import load_source

@@ -22,7 +22,7 @@ from datatrove.pipeline.base import PipelineStep
 from herd_jax.curation import lock
 from herd_jax.curation.benchmark_items import Benchmark
 from herd_jax.curation.decontamination import Decontaminate, DecontaminationConfig, Index, report
-from herd_jax.curation.execution import ClusterConfig, Phase, run_phases
+from herd_jax.curation.execution import ClusterConfig, CurationPhase, run_phases
 from herd_jax.data.streams import HEADER, TokenStream
 from herd_jax.errors import UserError
 from herd_jax.evaluation.results import item_id
@@ -87,7 +87,7 @@ def scan(
         for source in sources:
             key = _key(source.path)
             steps = [source, Decontaminate(DecontaminationConfig(), index_file, workdir / "hits" / key)]
-            phases.append(Phase(key, steps, _num_parts(source.path)))
+            phases.append(CurationPhase(key, steps, _num_parts(source.path)))
             hits.append(workdir / "hits" / key)
         run_phases(phases, "local", workers, ClusterConfig(), workdir / "phases")
         files = sorted(file for found in hits for file in found.glob("*.npy"))

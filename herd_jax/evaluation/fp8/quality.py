@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 
 from herd_jax.errors import UserError
 from herd_jax.inference.scoring.continuations import ContinuationScorer
-from herd_jax.interop.quantize import QuantizedSource
+from herd_jax.interop.operations.quantize import QuantizedSource
 from herd_jax.interop.source import Source
 from herd_jax.mesh import MeshConfig
 from herd_jax.model import Model, load_source

@@ -16,7 +16,7 @@ from herd_jax.curation import parquet
 from herd_jax.curation.block import Block, DropLog
 from herd_jax.curation.deduplication import exchange
 from herd_jax.curation.deduplication.duplicates import DUPLICATE, Duplicates
-from herd_jax.curation.execution import LocalExecutor, Phase
+from herd_jax.curation.execution import CurationPhase, LocalExecutor
 from herd_jax.curation.parquet import Load, Store, document_number
 from herd_jax.curation.reporting.data import SAMPLES, collect
 from herd_jax.curation.reporting.formats import printable, short
@@ -92,7 +92,7 @@ def finished(tmp_path_factory):
         for name, steps in pipelines.items():
             steps.append(DropLog(workdir / "dropped" / name, steps))
             for rank in range(TASKS):
-                LocalExecutor(Phase(name, steps, TASKS), workdir / "phases" / name).run_task(rank)
+                LocalExecutor(CurationPhase(name, steps, TASKS), workdir / "phases" / name).run_task(rank)
     (workdir / "phases" / "tasks.json").write_text(json.dumps(dict.fromkeys(("read", "filter", "publish"), TASKS)))
     return workdir
 

@@ -12,13 +12,13 @@ import tiny
 from random_models import BFLOAT16, FLOAT32, random_model, read_from, save_random
 
 from herd_jax.errors import UserError
-from herd_jax.interop.average import average
 from herd_jax.interop.formats import meta
 from herd_jax.interop.formats.mapping import parameters
 from herd_jax.interop.formats.safetensors import SafetensorsFiles, write_safetensors
 from herd_jax.interop.initial import InitialWeights
 from herd_jax.interop.load import open_source
-from herd_jax.interop.quantize import quantize
+from herd_jax.interop.operations.average import average
+from herd_jax.interop.operations.quantize import quantize
 from herd_jax.interop.save import convert, save
 from herd_jax.models.fp8 import Fp8Config, quantize_rowwise
 

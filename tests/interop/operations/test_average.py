@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd_jax.errors import UserError
-from herd_jax.interop.average import average
 from herd_jax.interop.formats.mapping import parameters
 from herd_jax.interop.initial import InitialWeights
 from herd_jax.interop.load import load_params, open_source
+from herd_jax.interop.operations.average import average
 from herd_jax.interop.save import save
 from herd_jax.text.sentencepiece_training import train_sentencepiece
 from herd_jax.text.tokenizer import load_tokenizer
