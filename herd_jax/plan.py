@@ -24,7 +24,7 @@ from herd_jax.parallel.data import GATHER
 from herd_jax.parallel.schedule import SCHEDULES, PipelineConfig
 from herd_jax.planning import drawing, goodput, memory, report
 from herd_jax.planning.job import Job, parse_tokens
-from herd_jax.planning.run import run_phases
+from herd_jax.planning.run_phases import run_phases
 from herd_jax.planning.search import search
 from herd_jax.training.config import RunConfig
 

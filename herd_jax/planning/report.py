@@ -10,7 +10,7 @@ from herd_jax.models.llama import Llama
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.planning import memory, throughput
 from herd_jax.planning.job import Job
-from herd_jax.planning.run import RunPhase
+from herd_jax.planning.run_phases import RunPhase
 from herd_jax.planning.search import Search, describe
 from herd_jax.planning.throughput import Throughput
 

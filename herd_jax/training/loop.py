@@ -137,7 +137,7 @@ class _Loop:
     spikes: Spikes
     initial: Initial | None
     goodput: GoodputSoFar
-    num_skipped: int = 0  # since the last look
+    num_skipped: int = 0  # since the last line of metrics
     leave_out: dict[int, int] = dataclasses.field(default_factory=dict)  # step -> the last step after it whose batch is left out
     last_done: float = 0.0  # when the devices finished a step (of time.perf_counter)
 
@@ -151,7 +151,7 @@ class _Loop:
         stragglers = Stragglers(hosts)
         verification = Verification(config.train.verify_every_steps, self.steps, hosts, first_step, timeline)
         own_times = dict.fromkeys(OWN_TIMES, 0.0)  # of the step under way
-        pending: list[dict] = []  # metrics of the steps since the last look at them, still on their way
+        pending: list[dict] = []  # metrics of the steps since the last line, still on their way
         waited, since = 0.0, time.perf_counter()
         iterator = self.data.iterate(first_step)
         step = saved = first_step  # saved: durably
@@ -192,14 +192,14 @@ class _Loop:
             last = step == num_steps
             evaluates = last or step % config.eval.every_steps == 0
             saves = last or config.checkpoint.is_due(step)
-            looks = evaluates or saves or step % config.log.every_steps == 0 or step == first_step + 1
-            if wrong is None and (looks or compiles or beat.stop):
+            logs = evaluates or saves or step % config.log.every_steps == 0 or step == first_step + 1
+            if wrong is None and (logs or compiles or beat.stop):
                 wrong, bad_step, under_way = self.finish(under_way), step, None
             if wrong:
                 state, step = self.rewind(state, wrong, bad_step)
                 saved, under_way, iterator = step, None, self.data.iterate(step)
                 pending, waited, since = [], 0.0, time.perf_counter()
-            elif looks:
+            elif logs:
                 values = self.interval_metrics(pending, step, since, waited)
                 if evaluates:
                     timeline.enter("evaluation", step)
@@ -270,7 +270,7 @@ class _Loop:
         return state, position["step"]
 
     def interval_metrics(self, pending: list[dict], step: int, since: float, waited: float) -> dict:
-        """Returns the metrics of the steps since the last look, which are done."""
+        """Returns the line of metrics of the steps since the last one, which are done."""
         elapsed = time.perf_counter() - since
         ramp, first = self.config.train.ramp, step - len(pending)
         tokens = ramp.tokens_before(step)

@@ -9,7 +9,7 @@ from run_configs import config, phases
 from herd_jax import plan
 from herd_jax.config import read_command_line
 from herd_jax.errors import UserError
-from herd_jax.planning.run import run_phases
+from herd_jax.planning.run_phases import run_phases
 from herd_jax.training.config import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
