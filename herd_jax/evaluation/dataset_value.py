@@ -109,7 +109,7 @@ def held_out_losses(models: Sequence[str | Path], config: RunConfig, sources: Se
             sums = steps.evaluate(params, batch.to_devices(sharding))
             group = [rows[i] for i in range(first, min(first + dp, len(rows)))]
             size = sum(int(num_bytes[row["targets"][row["loss_mask"]]].sum()) for row in group)
-            groups.append(HeldOutLoss(float(sums["loss"]), float(sums["num_targets"]), size))
+            groups.append(HeldOutLoss(float(sums["loss"]), float(sums["count"]), size))
         return SourceLoss(groups)
 
     found = []

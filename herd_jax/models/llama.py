@@ -26,7 +26,6 @@ from herd_jax.parallel import collectives, context, tensor
 from herd_jax.parallel.pipeline import Program
 
 REMAT = ("none", "attention", "layer")
-INPUTS = ("tokens", "segment_ids", "positions", "branch_ids")  # fields of a batch that the model reads; the last may be missing
 
 PyTree = Any
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the positions, [B, T, H / 2] each
@@ -201,7 +200,7 @@ class Llama:
     def micro_batches(self, batch: dict[str, jax.Array]) -> MicroBatch:
         """Returns the micro-batches of one device's share of a batch, whose fields are [M, B, T] (for tokens) or [M, B] (for rows).
 
-        Of INPUTS the batch has at least the first three.
+        The batch has tokens, segment_ids and positions for the model, and may have branch_ids (`context.visible_ranges`).
         """
         ranges = context.visible_ranges(batch["segment_ids"], batch.get("branch_ids"))
         return MicroBatch(Inputs(batch["tokens"], self.rotation(batch["positions"]), ranges), batch)

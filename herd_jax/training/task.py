@@ -1,6 +1,6 @@
 """A task: what is trained. The steps, the loop, the stages and the checkpoints are the same for every task.
 
-A batch is a dict of arrays on the mesh: the fields that the model reads (`herd_jax.models.llama.INPUTS`), and those of the task, which
+A batch is a dict of arrays on the mesh: the fields that the model reads (`Llama.micro_batches`), and those of the task, which
 reach its objective as they are.
 """
 
