@@ -33,7 +33,7 @@ def assert_same_model(path, config, read, dtype=BFLOAT16):
     source = open_source(path)
     assert source.config == config and source.dtype == dtype
     for name, d in parameters(config).items():
-        for layer in range(d.num_layers) if d.num_layers else [None]:
+        for layer in d.layers or [None]:
             got = source.read(name, layer)
             assert got.dtype == dtype and got.shape == d.shape
             np.testing.assert_array_equal(got, read(name, layer).astype(dtype), name)

@@ -27,6 +27,7 @@ import pytest
 
 import herd_jax.config
 from herd_jax.__main__ import commands
+from herd_jax.config import command_line, values
 
 ROOT = Path(herd_jax.__file__).parents[1]
 TOP = ROOT / "README.md"
@@ -165,7 +166,7 @@ def read_arguments(program, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(ArgumentParser, "__init__", functools.partialmethod(ArgumentParser.__init__, allow_abbrev=False))
         patch.setattr(ArgumentParser, "parse_args", stops(ArgumentParser.parse_args))
         patch.setattr(herd_jax.config, "read_command_line", stops(herd_jax.config.read_command_line))
-        patch.setattr(herd_jax.config, "_read_file", made_by_a_command_before(herd_jax.config._read_file))
+        patch.setattr(command_line, "_read_file", made_by_a_command_before(command_line._read_file))
         with contextlib.suppress(Parsed):
             try:
                 program()
@@ -279,7 +280,7 @@ def known_fields() -> set[str]:
     from herd_jax.curation.settings import CurationConfig
     from herd_jax.training.config import RunConfig
 
-    return {name for config in (RunConfig, CurationConfig) for name in herd_jax.config._names(config, "")}
+    return {name for config in (RunConfig, CurationConfig) for name in values._names(config, "")}
 
 
 def test_the_first_readme_is_short():

@@ -1,5 +1,7 @@
 """The batch ramp: by hand, the paper's, and properties of any ramp against counting step by step."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def test_a_phase_that_one_step_jumps_over_is_left_out():
 def test_the_papers_ramp():
     """Section 3.4.1: 4M tokens in sequences of 4,096; 8M of 8,192 from 252M tokens on; 16M from 2.87T on; 15.6T in all."""
     phases = batch_ramp(dp=64)
-    ramp = Ramp(tuple(Phase(**phase) for phase in phases))
+    ramp = Ramp(tuple(Phase(**dataclasses.asdict(phase)) for phase in phases))
     mega = 2**20
     assert [phase.tokens_per_step for phase in ramp.phases] == [4 * mega, 8 * mega, 16 * mega]
     assert [phase.seq_len for phase in ramp.phases] == [4096, 8192, 8192]

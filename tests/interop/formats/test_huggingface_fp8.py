@@ -143,7 +143,7 @@ def test_what_cannot_be_quantized_or_used_so_is_one_sentence(model, tmp_path):
     with pytest.raises(UserError, match="num_layers is 2 and the first and the last are never FP8"):
         quantize(tmp_path / "small", tmp_path / "none")
     read = random_model(tiny.CONFIG, FLOAT32)
-    values = {name: np.stack([read(name, i) for i in range(5)]) if d.num_layers else read(name) for name, d in parameters(tiny.CONFIG).items()}
+    values = {name: np.stack([read(name, i) for i in range(5)]) if d.layers else read(name) for name, d in parameters(tiny.CONFIG).items()}
     values["layers.down"][2, 3, 4] = np.nan
     save(tmp_path / "damaged", "herd", tiny.CONFIG, read_from(values), FLOAT32)
     with pytest.raises(UserError, match="layers.down of layer 2 in .*damaged is not finite"):

@@ -53,7 +53,7 @@ def states(*seeds):
 
 def canonical(path):
     source = open_source(path)
-    read = lambda name, d: np.stack([source.read(name, i) for i in range(d.num_layers)]) if d.num_layers else source.read(name)
+    read = lambda name, d: np.stack([source.read(name, i) for i in d.layers]) if d.layers else source.read(name)
     return {name: read(name, d) for name, d in parameters(source.config).items()}
 
 
