@@ -57,4 +57,4 @@ def test_the_command_plans_a_run(capsys, tmp_path):
         plan.main.__wrapped__(["--config", str(CONFIGS / "llama3_8b.py"), "--gpus", "8"])
     plan.main.__wrapped__(["--config", str(CONFIGS / "llama3_8b.py"), "--dp", "128", "--remat", "layer"])
     said = capsys.readouterr().out
-    assert "128 x h100: tp 1, cp 1, pp 1, dp 128, 1f1b, micro-batch 2, remat layer" in said and said.count("GB") > 4
+    assert "128 x h100: tp 1, cp 1, pp 1, dp 128, micro-batch 2, remat layer, gather layer" in said and said.count("GB") > 4
