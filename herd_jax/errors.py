@@ -9,6 +9,7 @@ START_AGAIN = 75  # EX_TEMPFAIL: the run was told to stop and has saved; the sam
 HUNG = 76  # the watchdog ended the process; the same command continues the run
 PEER_LOST = 77  # another process of the run died or failed; the same command, in all of them, continues the run
 MISCOMPUTED = 78  # a device computes wrongly: not to be started again before someone has looked at it
+OCCUPIED = 79  # another command writes into the same directory
 
 
 class UserError(ValueError):
@@ -21,6 +22,12 @@ class Miscomputed(UserError):
     """A device has given another result than it gave before, or than another device gave for the same work."""
 
     status = MISCOMPUTED
+
+
+class Occupied(UserError):
+    """Another command is writing where this one was told to write."""
+
+    status = OCCUPIED
 
 
 class FailedAlone(UserError):

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 from importlib.util import find_spec
 
 from herd_jax.errors import UserError, command_line
@@ -12,7 +13,8 @@ from herd_jax.errors import UserError, command_line
 @command_line
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    print(args.run(args))
+    with contextlib.ExitStack() as args.held:
+        print(args.run(args))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -117,8 +119,10 @@ def _dataset_value(commands) -> None:
     def run(args: argparse.Namespace) -> str:
         from herd_jax.evaluation.dataset_value import dataset_value
         from herd_jax.evaluation.evaluation import Evaluation
+        from herd_jax.reliability.lock import only_writer
 
         run = Evaluation(args.run_directory, args.output, _mesh(args, dp=0))
+        args.held.enter_context(only_writer(run.directory))
         return dataset_value(run, args.candidate, args.share, args.tokens, args.held_out)
 
     command = commands.add_parser("dataset-value", help="what a small data set is worth: a half-trained run annealed with it and without")
@@ -188,10 +192,13 @@ def _add_mesh(command: argparse.ArgumentParser, default: str) -> None:
 
 
 def _evaluation(args: argparse.Namespace):
-    """Opens what `_add_model` asks for."""
+    """Opens what `_add_model` asks for, in a directory that no other command writes into meanwhile."""
     from herd_jax.evaluation.evaluation import Evaluation
+    from herd_jax.reliability.lock import only_writer
 
-    return Evaluation(args.model, args.output, _mesh(args), args.dtype)
+    evaluation = Evaluation(args.model, args.output, _mesh(args), args.dtype)
+    args.held.enter_context(only_writer(evaluation.directory))
+    return evaluation
 
 
 def _mesh(args: argparse.Namespace, dp: int = 1):

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
             for mesh in dict.fromkeys(stage.mesh for stage in stage_configs(config)):
                 preflight(mesh, config.directory)
         elif config.init_from:
-            initial = InitialWeights.open(config.init_from)
+            initial = InitialWeights.open(config.init_from, config.init_moments)
             train_stages(dataclasses.replace(config, model=initial.model_config), NEXT_TOKEN, StageGate(), initial)
         else:
             train_stages(config, NEXT_TOKEN, StageGate())

@@ -19,9 +19,10 @@ import herd_jax.generate
 import herd_jax.train
 from herd_jax.config import parse
 from herd_jax.data.tokenization import tokenize_files
-from herd_jax.errors import UserError
+from herd_jax.errors import OCCUPIED, UserError
 from herd_jax.interop.initial import InitialWeights
 from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.reliability.lock import only_writer
 from herd_jax.text.tokenizer import load_tokenizer
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.config import RunConfig, build_steps
@@ -261,7 +262,49 @@ def test_a_config_that_contradicts_the_checkpoint(base, uninterrupted, monkeypat
     err = refusal(monkeypatch, capsys, herd_jax.train.main, arguments(base, uninterrupted, *HERE, *fields))
     named = re.search(r"were made with other values of (.*): give the values they were made with, or another workdir", err)
     assert sorted(named[1].split(", ")) == ["model.num_layers", "optimizer.b2", "seed"]
+    assert "--config.resume.allow=seed,model.num_layers,optimizer.b2 (seed was 0, " in err
     assert contents() == before
+
+
+def test_a_change_on_purpose(base, uninterrupted, tmp_path):
+    """The advice after a divergence can be followed: in the same workdir, or from one of its steps on in another."""
+    lower = ("optimizer.peak_learning_rate=1e-4", "train.num_steps=17")
+    workdir = copy_until(16, uninterrupted, tmp_path / "run")
+    run(base, workdir, *lower, "resume.allow=optimizer.peak_learning_rate")
+    assert [line["learning_rate"] for line in metrics(workdir)][-1] < 1e-4 < metrics(uninterrupted)[16]["learning_rate"]
+    (line,) = map(json.loads, (workdir / "history.jsonl").read_text().splitlines())
+    assert line["step"] == 16 and line["changes"] == {"optimizer.peak_learning_rate": [0.01, 0.0001]}
+    run(base, workdir, *lower)  # from here on it is the run's own
+    moments = ("init_moments=true", "train.num_steps=1", "optimizer.warmup_steps=0")
+    run(base, tmp_path / "branch", f"init_from={uninterrupted}@16", *moments)
+    assert final_state(tmp_path / "branch")[1][".optimizer[0].count"] == 17
+    _, err = run(base, tmp_path / "other", f"init_from={uninterrupted}@15", *moments, succeeds=False)
+    assert f"{uninterrupted} has checkpoints of steps 24, 20, 16: name one of them" in err
+    _, err = run(base, tmp_path / "other", f"init_from={base}", *moments, succeeds=False)
+    assert "holds no model" in err
+
+
+def test_other_data_at_the_same_path(base, uninterrupted, tmp_path):
+    """What a path holds counts, not its name."""
+    workdir = copy_until(16, uninterrupted, tmp_path / "run")
+    shutil.copytree(base / "data", tmp_path / "moved")
+    end = "train.num_steps=17"
+    out, _ = run(base, workdir, f"data.sources={tmp_path / 'moved'}", end)
+    assert "continues at step 16" in out
+    tokenize_files([str(base / "text" / "[0-9].txt")], "bytes", tmp_path / "moved", validation_fraction=0.1, processes=1, overwrite=True)
+    _, err = run(base, workdir, f"data.sources={tmp_path / 'moved'}", end, succeeds=False)
+    assert "with other values of data.sources: " in err
+
+
+def test_a_second_run_in_a_workdir(base, uninterrupted, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    monkeypatch.setattr("herd_jax.reliability.lock._PATIENCE_SECONDS", 0)
+    with only_writer(uninterrupted):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments(base, uninterrupted, *HERE)])
+        with pytest.raises(SystemExit) as stopped:
+            herd_jax.train.main()
+    assert stopped.value.code == OCCUPIED and "error: another command is at work in" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
 
 
 def test_generate(uninterrupted, tmp_path, monkeypatch, capsys):

@@ -35,6 +35,13 @@ def parse(cls: type[Config], mapping: Mapping[str, Any], path: str = "") -> Conf
     return _build(cls, mapping, path)
 
 
+def check_name(cls: type, name: str, key: str) -> None:
+    """Raises UserError where `name`, which `key` names, is no dotted name of a field or section of the config `cls`."""
+    names = _names(cls, "")
+    if name not in names:
+        raise UserError(f"{key} names '{name}', which is no config key: {_suggestion(name, names)}")
+
+
 def to_dict(instance: Any) -> dict[str, Any]:
     """The config as nested dicts and lists that JSON can write; `parse` reads them back."""
     return json.loads(json.dumps(dataclasses.asdict(instance)))

@@ -27,8 +27,8 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from herd_jax.curation import lock
 from herd_jax.errors import UserError
+from herd_jax.reliability import lock
 
 EXECUTORS = ("local", "slurm", "ray")
 

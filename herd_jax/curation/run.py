@@ -9,11 +9,11 @@ from herd_jax.config import differences, to_dict
 from herd_jax.curation.checks import check
 from herd_jax.curation.execution import run_phases
 from herd_jax.curation.input.reading import find_inputs, plan_tasks
-from herd_jax.curation.lock import only_run
 from herd_jax.curation.phases import CurationPlan
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.errors import UserError
 from herd_jax.files import user_path, write_whole
+from herd_jax.reliability.lock import only_writer
 
 # What may differ when a run is continued: how it is run, not what it makes.
 EXECUTION = ("executor", "workers", "cluster")
@@ -36,8 +36,7 @@ def _curate(config: CurationConfig, workdir: Path) -> str:
     files = find_inputs(config.input, leave_out=workdir)
     phases = CurationPlan(config, workdir, plan_tasks(files)).phases()
     check(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with only_run(workdir):
+    with only_writer(workdir):
         _settle(workdir, config, files)
         run_phases(phases, config.executor, config.workers, config.cluster, workdir / "phases")
     see = f"python -m herd_jax.curate inspect {workdir}"

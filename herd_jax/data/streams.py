@@ -6,6 +6,7 @@ not handled here (`tokenization.py`), nor are rows of a sequence length (`rows.p
 """
 
 import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from herd_jax.files import whole_file
 HEADER = "stream.json"
 FORMAT = "herd_jax token stream 1"
 SHARD_TOKENS = 2**30  # a shard takes no more documents after this many tokens: few files, at most some GiB each
+SAMPLED_SHARDS, SAMPLED_BYTES, SAMPLED_BLOCK = 32, 2**20, 2**16  # that a fingerprint reads: shards, bytes of a file, bytes in a row
 MAX_OPEN_SHARDS = 256  # mapped files that a stream keeps open
 
 
@@ -57,6 +59,18 @@ class TokenStream:
             offset = self._starts[shard]
             out[first - start : last - start] = self._open_shard(shard)[0][first - offset : last - offset]
         return out
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Returns a text that is the same for the same documents and tokenizer, wherever the stream lies: it is made of the header, which has a
+        digest of all tokens, and of blocks of the files, evenly spaced: all of a small stream."""
+        header = json.loads((self.path / HEADER).read_bytes())
+        digest = hashlib.blake2b(json.dumps({key: value for key, value in header.items() if key != "tokenizer"}).encode(), digest_size=16)
+        shards = np.linspace(0, len(self._starts) - 2, min(len(self._starts) - 1, SAMPLED_SHARDS)).astype(int)
+        for shard in shards:
+            for file in _shard_files(self.path, shard):
+                digest.update(_sample(file))
+        return digest.hexdigest()
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
         """Returns the ascending int64 offsets `e`, `start < e <= stop`, at which a document ends (and the next, if any, begins)."""
@@ -108,11 +122,13 @@ class StreamWriter:
         self._path.mkdir(parents=True)
         self._dtype = token_dtype(vocab_size)
         self._max_shard_tokens = shard_tokens
+        self._lengths_digest, self._tokens_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         self._header = {
             "format": FORMAT,
             "dtype": self._dtype.name,
             "vocab_size": vocab_size,
             "num_bytes": 0,
+            "digest": "",
             "tokenizer": tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "shard_tokens": [],
@@ -140,6 +156,8 @@ class StreamWriter:
         shard_tokens[-1] += len(tokens)
         shard_documents[-1] += len(lengths)
         self._header["num_bytes"] += int(num_bytes)
+        self._lengths_digest.update(np.asarray(lengths, "<i8").data)
+        self._tokens_digest.update(tokens.astype(self._dtype).data)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is not None:
@@ -147,8 +165,21 @@ class StreamWriter:
         for file in self._path.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
+        self._header["digest"] = f"{self._lengths_digest.hexdigest()} {self._tokens_digest.hexdigest()}"  # of the lengths, and of all tokens
         with whole_file(self._path / HEADER, "w", sync=True) as header:
             header.write(json.dumps(self._header))
+
+
+def _sample(file: Path) -> bytes:
+    size, count = file.stat().st_size, SAMPLED_BYTES // SAMPLED_BLOCK
+    with file.open("rb") as data:
+        if size <= SAMPLED_BYTES:
+            return data.read()
+        parts = []
+        for number in range(count):
+            data.seek((size - SAMPLED_BLOCK) * number // (count - 1))
+            parts.append(data.read(SAMPLED_BLOCK))
+        return b"".join(parts)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

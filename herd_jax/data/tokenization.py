@@ -27,6 +27,7 @@ from herd_jax.data.documents import Piece, find_files, read_documents, work_unit
 from herd_jax.data.parts import DOCUMENT, validation_rule, write_part, write_streams
 from herd_jax.errors import UserError
 from herd_jax.files import UNFINISHED, user_path
+from herd_jax.reliability.lock import only_writer
 from herd_jax.text.sentencepiece_training import SAMPLE_BYTES, train_sentencepiece
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,19 +84,20 @@ def tokenize_files(
     if not overwrite and (made := [name for name in RESULTS if (target / name).exists()]):
         raise UserError(f"{target} already holds {', '.join(made)}: name another target, or allow to overwrite it")
     units = work_units(find_files(sources, leave_out=target))
-    unfinished = target / UNFINISHED
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        num_processes = processes or os.cpu_count() or 1
-        counts, skipped = _make_results(unfinished, units, tokenizer, text_field, validation_fraction, num_processes)
-        for name in reversed(RESULTS):
-            shutil.rmtree(target / name, ignore_errors=True)
-        for name in RESULTS:
-            (unfinished / name).rename(target / name)
-    except OSError as error:
-        raise UserError(f"{target} cannot be made: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with only_writer(target):
+        unfinished = target / UNFINISHED
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            num_processes = processes or os.cpu_count() or 1
+            counts, skipped = _make_results(unfinished, units, tokenizer, text_field, validation_fraction, num_processes)
+            for name in reversed(RESULTS):
+                shutil.rmtree(target / name, ignore_errors=True)
+            for name in RESULTS:
+                (unfinished / name).rename(target / name)
+        except OSError as error:
+            raise UserError(f"{target} cannot be made: {error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return Summary(*counts, dict(skipped), time.monotonic() - started)
 
 

@@ -18,6 +18,7 @@ from herd_jax.interop.load import open_source
 from herd_jax.interop.source import check_tokenizer
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.params import Layout, is_declaration
+from herd_jax.reliability.lock import only_writer
 from herd_jax.text.tokenizer import Tokenizer
 
 FORMATS = {"herd": herd, "huggingface": huggingface, "meta": meta}
@@ -92,7 +93,7 @@ def _arrays(mapping: dict[str, Mapped], read: Read, dtype: np.dtype, advance: Ca
 def _complete_or_absent(target: Path) -> Iterator[Path]:
     """Does what `whole_directory` does; raises UserError where the model cannot be written, such as on a full disk."""
     try:
-        with whole_directory(target) as directory:
+        with only_writer(target.parent, f".{target.name}.lock"), whole_directory(target) as directory:
             yield directory
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror or error}): mend that and give the same command again") from error

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.interop.formats.mapping import Mapped, tensor_dtypes, tensor_shapes
+from herd_jax.interop.formats.mapping import Mapped, parameters, tensor_dtypes, tensor_shapes
 from herd_jax.models.config import LlamaConfig
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,6 +47,16 @@ class Source(abc.ABC):
         if tokenizer:
             check_tokenizer(self.config, tokenizer)
         return tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns a text that is the same for the same weights, wherever they lie: of all dimensions, the norms, and a row of each matrix."""
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        for name, declaration in parameters(self.config).items():
+            for layer in sorted({declaration.layers[0], declaration.layers[-1]}) if declaration.layers else [None]:
+                first = (slice(0, 1), *(slice(None),) * (len(declaration.shape) - 1))
+                digest.update(np.ascontiguousarray(self.read(name, layer, first if len(declaration.shape) > 1 else None)).tobytes())
+        return digest.hexdigest()
 
 
 def check_tokenizer(config: LlamaConfig, tokenizer: Tokenizer) -> None:

@@ -1,8 +1,10 @@
-"""Signals that ask a run to stop: noted when they come, obeyed between two steps."""
+"""Signals that ask a run to stop: noted when they come, obeyed between two steps, or at once where nothing is lost."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
+
+from herd_jax.errors import StartAgain, UserError
 
 INTERRUPT, START_AGAIN = 1, 2  # the higher one wins
 _SIGNALS = {signal.SIGINT: INTERRUPT, signal.SIGTERM: START_AGAIN, signal.SIGUSR1: START_AGAIN}
@@ -32,3 +34,20 @@ class Signals:
         if number == signal.SIGINT and self.seen:
             raise KeyboardInterrupt
         self.seen = max(self.seen, _SIGNALS[number])
+
+
+@contextlib.contextmanager
+def ending_at_once(where: str) -> Iterator[None]:
+    """Lets a signal end what is done inside, which the next start repeats: it raises StartAgain, or UserError for a Ctrl-C."""
+
+    def end(number, frame):
+        if number == signal.SIGINT:
+            raise UserError(f"interrupted {where}: the same command continues there")
+        raise StartAgain(f"stopped {where}: the same command continues there")
+
+    before = {number: signal.signal(number, end) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

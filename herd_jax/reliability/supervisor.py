@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from herd_jax.errors import HUNG, MISCOMPUTED, PEER_LOST, START_AGAIN, USER_ERROR, UserError
+from herd_jax.errors import HUNG, MISCOMPUTED, OCCUPIED, PEER_LOST, START_AGAIN, USER_ERROR, UserError
 from herd_jax.reliability.appender import Appender
 from herd_jax.reliability.goodput import furthest_step, read_timeline
 from herd_jax.reliability.timeline import timelines
@@ -86,7 +86,7 @@ class Supervisor:
             if self._told is not None:
                 return status if self._told == signal.SIGINT else START_AGAIN
             step = furthest_step(self._workdir)
-            if status == USER_ERROR and step == first_step and not self.incidents:
+            if not self.incidents and (status == OCCUPIED or status == USER_ERROR and step == first_step):
                 return status  # it said why
             cause = _cause(status, silent)
             self._note(Incident(time.time(), socket.gethostname(), step, cause))
@@ -231,6 +231,7 @@ def _cause(status: int, silent: bool) -> str:
     if status < 0 or number in set(signal.Signals):
         return f"killed by {signal.Signals(number).name}"
     known = {START_AGAIN: "preempted", HUNG: "hang", PEER_LOST: "another process was lost", MISCOMPUTED: "a device computed wrongly"}
+    known[OCCUPIED] = "another command is at work in the workdir"
     return known.get(status, f"crash (exit status {status})")
 
 

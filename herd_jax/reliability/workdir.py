@@ -10,6 +10,7 @@ TENSORBOARD = "tensorboard"
 TIMELINE = "goodput.jsonl"
 DECISIONS = "stages.jsonl"  # of the gates between stages
 FLIGHT = "flight"  # what the watchdog saw of processes that hung
+HISTORY = "history.jsonl"  # of settings that were changed on purpose when the run went on
 INCIDENTS = "incidents.jsonl"  # of the supervisor
 
 

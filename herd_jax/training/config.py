@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from herd_jax.config import check_name
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig
 from herd_jax.errors import UserError
@@ -121,13 +122,21 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ResumeConfig:
+    """What may change when a run goes on from its checkpoint."""
+
+    allow: tuple[str, ...] = ()  # fields that may differ from the checkpoint's from here on, such as optimizer.peak_learning_rate; noted in history.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that `python -m herd_jax.train` reads."""
 
     workdir: str  # directory of the run: checkpoints, metrics, logs; the same command continues what is there
     data: DataConfig
     seed: int = 0  # of the first weights and the order of the data
-    init_from: str = ""  # a model in any known format: its weights to begin with, its dimensions instead of `model`
+    init_from: str = ""  # a model in any known format, or WORKDIR@STEP: its weights to begin with, its dimensions instead of `model`
+    init_moments: bool = False  # whether init_from, a checkpoint of a run, gives the optimizer's moments too
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
@@ -136,6 +145,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    resume: ResumeConfig = ResumeConfig()
 
     @property
     def directory(self) -> Path:
@@ -147,6 +157,10 @@ class RunConfig:
             raise UserError("workdir is empty: give the run a directory with --config.workdir=DIR")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must be 0 or more")
+        if self.init_moments and not self.init_from:
+            raise UserError("init_moments is true and init_from is empty: name the run or its checkpoint, init_from=WORKDIR@STEP")
+        for name in self.resume.allow:
+            check_name(RunConfig, name, "resume.allow")
         if self.optimizer.anneal_steps and self.train.stages:
             raise UserError("optimizer.anneal_steps ends a run and train.stages are several: continue the last stage's own workdir to anneal it")
         end = self.optimizer.anneal_from + self.optimizer.anneal_steps

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import math
 import time
-from typing import Protocol
 
 import jax
 
@@ -14,33 +12,23 @@ from herd_jax.machines.hardware import peak_flops
 from herd_jax.mesh import make_mesh
 from herd_jax.models.params import count
 from herd_jax.reliability.goodput import GoodputSoFar, read_goodput
-from herd_jax.reliability.pulse import OWN_TIMES, Pulse, host_names
-from herd_jax.reliability.signals import Signals
+from herd_jax.reliability.pulse import OWN_TIMES, Beat, Pulse, host_names
+from herd_jax.reliability.run_lock import only_run
+from herd_jax.reliability.signals import Signals, ending_at_once
 from herd_jax.reliability.stragglers import Stragglers
 from herd_jax.reliability.timeline import Timeline
 from herd_jax.reliability.watchdog import Watchdog
 from herd_jax.reliability.workdir import CHECKPOINTS, TOKENIZER
-from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
 from herd_jax.training.compilation import kept_compilations
 from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.corruption import Verification
 from herd_jax.training.metrics import Console, MetricsWriter
-from herd_jax.training.resume import contradictions
+from herd_jax.training.resume import Identities, Initial, restore
 from herd_jax.training.spikes import Spikes
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
-from herd_jax.training.task import Task, TaskData
-
-
-class Initial(Protocol):
-    """What a run begins with."""
-
-    def load_state(self, steps: Steps, seed: int) -> State:
-        """Returns the state before the first step; what is not given is made from `seed`."""
-
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError where the weights belong to another tokenizer."""
+from herd_jax.training.task import Stopped, Task, TaskData
 
 
 def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None:
@@ -53,18 +41,21 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
     mesh = make_mesh(config.mesh)
     steps = build_steps(config, mesh, task)
     data = task.open(config, steps)
+    identities = {"data": data.fingerprints, "init_from": {config.init_from: initial.fingerprint} if initial and config.init_from else {}}
     workdir = config.directory
-    data.tokenizer.save(workdir / TOKENIZER)
     if initial:
         initial.check_tokenizer(data.tokenizer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_run(workdir))
+        data.tokenizer.save(workdir / TOKENIZER)
         signals = stack.enter_context(Signals().noted())
         stack.enter_context(kept_compilations(workdir, config.train.compilation_cache))
         timeline = Timeline(workdir, start)
         stack.callback(timeline.close)
         stack.enter_context(Watchdog(config.train.watchdog, timeline, workdir))
         checkpointer = stack.enter_context(TieredCheckpointer(workdir / CHECKPOINTS, config.checkpoint))
-        state, position = restore(checkpointer, config, steps, initial)
+        with ending_at_once("before the first step of this start"):  # nothing is lost
+            state, position = restore(checkpointer, config, steps, identities, initial)
         first_step = position["step"]
         timeline.begin(first_step)
         writer = MetricsWriter(workdir, first_step)
@@ -73,32 +64,13 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
         console.message(describe(config, steps, data.num_tokens, first_step))
         spikes = Spikes(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
         goodput = GoodputSoFar(workdir, timeline, first_step)
-        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, goodput)
-        loop.train(state, first_step)
+        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, identities, goodput, Pulse(mesh))
+        loop.train(state, first_step, position.get("evaluation_due"))
         timeline.enter("checkpoint stall")
         checkpointer.wait()
         timeline.enter("checkpoint stall")
         if jax.process_index() == 0:
             console.message("\n".join(read_goodput(workdir).lines()))
-
-
-def restore(
-    checkpointer: TieredCheckpointer, config: RunConfig, steps: Steps, initial: Initial | None = None, last_step: float = math.inf
-) -> tuple[State, dict]:
-    """Returns the newest readable state not after `last_step` and its position, else a fresh one, with the `initial` weights if there are any."""
-    newest = checkpointer.newest()
-    if newest is not None:
-        _, saved = newest
-        wrong = contradictions(saved["config"], to_dict(config), saved["position"]["tokens"])
-        if wrong:
-            raise UserError(
-                f"the checkpoints in {config.workdir} were made with other values of {', '.join(wrong)}: "
-                "give the values they were made with, or another workdir"
-            )
-    restored = checkpointer.restore(steps.plan.abstract_canonical(), last_step)
-    if restored is None:
-        return (initial.load_state(steps, config.seed) if initial else steps.plan.init(config.seed)), {"step": 0}
-    return steps.plan.from_canonical(restored.state), restored.position
 
 
 def describe(config: RunConfig, steps: Steps, num_tokens: int, first_step: int) -> str:
@@ -136,18 +108,27 @@ class _Loop:
     signals: Signals
     spikes: Spikes
     initial: Initial | None
+    identities: Identities
     goodput: GoodputSoFar
+    pulse: Pulse
+    beat: Beat | None = None  # the last one that was read
     num_skipped: int = 0  # since the last line of metrics
     leave_out: dict[int, int] = dataclasses.field(default_factory=dict)  # step -> the last step after it whose batch is left out
     last_done: float = 0.0  # when the devices finished a step (of time.perf_counter)
 
-    def train(self, state: State, first_step: int) -> None:
-        config, ramp, num_steps, timeline = self.config, self.data.ramp, self.config.train.num_steps, self.timeline
+    def train(self, state: State, first_step: int, evaluation_due: dict | None) -> None:
+        """Trains from `first_step` to the end. `evaluation_due` is that step's line of metrics where its evaluation was stopped."""
+        config, num_steps, timeline = self.config, self.config.train.num_steps, self.timeline
+        if evaluation_due:
+            found = self.evaluate(state, first_step)
+            if found is None:
+                raise self.stopped(first_step)
+            self.report(first_step, evaluation_due | found)
         if first_step >= num_steps:
             self.console.message(f"nothing to do: {first_step} steps are done and train.num_steps is {num_steps}")
             return
         self.peak = peak_flops(jax.local_devices()[0], jax.local_device_count())
-        pulse, hosts = Pulse(self.steps.layout.mesh), host_names()
+        pulse, hosts = self.pulse, host_names()
         stragglers = Stragglers(hosts)
         verification = Verification(config.train.verify_every_steps, self.steps, hosts, first_step, timeline)
         own_times = dict.fromkeys(OWN_TIMES, 0.0)  # of the step under way
@@ -156,6 +137,7 @@ class _Loop:
         iterator = self.data.iterate(first_step)
         step = saved = first_step  # saved: durably
         compiled: set[tuple] = set()  # shapes of batches
+        evaluation_due = None
         under_way: _UnderWay | None = None  # the devices have a step while this process prepares the next
         while step < num_steps:
             if step in self.leave_out:
@@ -173,7 +155,7 @@ class _Loop:
             waited += input_seconds
             own_times["input"] = 0.0 if hidden else input_seconds
             sent = pulse.send(self.signals.seen, list(own_times.values()))
-            if compiles and (beat := pulse.read(sent)).stop:
+            if compiles and self.is_told_to_stop(sent):
                 break  # at once, rather than compile first
             own_times, start = dict.fromkeys(OWN_TIMES, 0.0), time.perf_counter()
             compute = self.steps.train
@@ -185,15 +167,15 @@ class _Loop:
             pending.append(metrics)
             step += 1
             wrong = self.finish(under_way) if under_way else None
-            beat = pulse.read(sent)
-            stragglers.add(beat)
+            told = self.is_told_to_stop(sent)
+            stragglers.add(self.beat)
             bad_step, under_way = step - 1, _UnderWay(step, metrics, start, compiles)
             compiled.add(batch["tokens"].shape)
             last = step == num_steps
             evaluates = last or step % config.eval.every_steps == 0
             saves = last or config.checkpoint.is_due(step)
             logs = evaluates or saves or step % config.log.every_steps == 0 or step == first_step + 1
-            if wrong is None and (logs or compiles or beat.stop):
+            if wrong is None and (logs or compiles or told):
                 wrong, bad_step, under_way = self.finish(under_way), step, None
             if wrong:
                 state, step = self.rewind(state, wrong, bad_step)
@@ -202,10 +184,12 @@ class _Loop:
             elif logs:
                 values = self.interval_metrics(pending, step, since, waited)
                 if evaluates:
-                    timeline.enter("evaluation", step)
-                    values |= self.data.validate(state.params, ramp.phase_at(step - 1))
-                self.writer.write(step, values)
-                self.console.update(step, values)
+                    found = self.evaluate(state, step)
+                    if found is None:
+                        evaluation_due = values
+                        break
+                    values |= found
+                self.report(step, values)
                 for line in stragglers.report(values["step_time_s"]):
                     self.console.message(line)
                 if saves:
@@ -213,16 +197,45 @@ class _Loop:
                     own_times["checkpoint"] = self.save(state, step, values.get("val_loss"), durable)
                     saved = step if durable else saved
                 pending, waited, since = [], 0.0, time.perf_counter()
-            if beat.stop:
+            if told:
                 break
         if under_way and self.finish(under_way):
             saved = step  # not to be saved: the next start finds it bad too, and rewinds
         if step > saved:
-            self.save(state, step, None)
-        if step < num_steps:
-            if beat.start_again:
-                raise StartAgain(f"stopped after step {step} and saved: the same command continues there")
-            raise UserError(f"interrupted after step {step}: the same command continues there")
+            self.save(state, step, None, evaluation_due=evaluation_due)
+        if step < num_steps or evaluation_due:
+            raise self.stopped(step)
+
+    def is_told_to_stop(self, sent) -> bool:
+        """Returns whether a signal has told a process to stop; all processes learn it at the same place."""
+        self.beat = self.pulse.read(sent)
+        return bool(self.beat.stop)
+
+    def evaluate(self, state: State, step: int) -> dict | None:
+        """Returns the metrics on held-out data; None where a signal stopped it between two batches."""
+        self.timeline.enter("evaluation", step)
+
+        def heed() -> None:
+            if self.is_told_to_stop(self.pulse.send(self.signals.seen, [0.0] * len(OWN_TIMES))):
+                raise Stopped
+
+        with contextlib.suppress(Stopped):
+            return self.data.validate(state.params, self.data.ramp.phase_at(step - 1), heed)
+        return None
+
+    def stopped(self, step: int) -> Exception:
+        """Returns the exception that ends a run which was told to stop when `step` steps are done and saved."""
+        if step:
+            where, remedy = f"after step {step}", "the same command continues there"
+        else:
+            where, remedy = "before the first step", "the same command starts it"
+        if self.beat.start_again:
+            return StartAgain(f"stopped {where}{' and saved' if step else ''}: {remedy}")
+        return UserError(f"interrupted {where}: {remedy}")
+
+    def report(self, step: int, values: dict) -> None:
+        self.writer.write(step, values)
+        self.console.update(step, values)
 
     def finish(self, under_way: _UnderWay) -> str | None:
         """Waits for a step; returns what is wrong with it where the run has to rewind. Raises UserError where the run has to stop."""
@@ -235,8 +248,8 @@ class _Loop:
             good = self.checkpointer.steps()
             last_good = f"the last good checkpoint is of step {good[-1]}" if good else "there is no checkpoint yet"
             raise UserError(
-                f"the loss or its gradient is {wrong} and {last_good}: lower optimizer.peak_learning_rate, "
-                "or set train.on_spike=skip or rewind to leave such batches out"
+                f"the loss or its gradient is {wrong} and {last_good}: lower optimizer.peak_learning_rate and "
+                "give --config.resume.allow=optimizer.peak_learning_rate, or set train.on_spike=skip or rewind to leave such batches out"
             )
         if wrong and self.spikes.on_spike == "skip":
             self.spikes.note_skipped(step, step)
@@ -254,7 +267,7 @@ class _Loop:
         self.timeline.enter("checkpoint stall", bad_step)
         jax.tree.map(lambda array: array.delete(), state)  # there may be no room for two
         self.checkpointer.wait()
-        state, position = restore(self.checkpointer, self.config, self.steps, self.initial, last_step=target)
+        state, position = restore(self.checkpointer, self.config, self.steps, self.identities, self.initial, last_step=target)
         if target and not position["step"]:
             raise UserError(
                 f"the loss or its gradient is {wrong} and no checkpoint of step {target} or before is left: raise checkpoint.keep, "
@@ -285,9 +298,10 @@ class _Loop:
             values["skipped_steps"], self.num_skipped = self.num_skipped, 0
         return values
 
-    def save(self, state: State, step: int, val_loss: float | None, durable: bool = True) -> float:
+    def save(self, state: State, step: int, val_loss: float | None, durable: bool = True, evaluation_due: dict | None = None) -> float:
         """Starts saving the state; returns once it is copied, with the seconds that this took."""
         self.timeline.enter("checkpoint stall", step)
-        position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step)} | self.spikes.record()
+        position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step), "identities": self.identities} | self.spikes.record()
+        position |= {"evaluation_due": evaluation_due} if evaluation_due else {}
         canonical = self.steps.plan.to_canonical(state)
         return self.checkpointer.save(step, canonical, to_dict(self.config), position, val_loss, durable=durable)

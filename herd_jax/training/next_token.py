@@ -1,6 +1,6 @@
 """The task of pre-training: the next token of packed documents, from token streams (section 3.4 of the paper)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +21,10 @@ class StreamData:
     def __init__(self, config: RunConfig, steps: Steps) -> None:
         streams, held_out = open_streams(config.data, "train"), open_streams(config.data, "validation")
         check_vocabulary(streams, steps.model.config.vocab_size)
+        self.fingerprints = {
+            path: f"{train.fingerprint}-{validation.fingerprint}"
+            for path, train, validation in zip(config.data.paths, streams, held_out, strict=True)
+        }
         self.ramp, self.num_tokens = config.train.ramp, sum(stream.num_tokens for stream in streams)
         self._batches = TrainingBatches(config.data, streams, self.ramp, config.seed, config.train.num_steps, steps.batch_sharding)
         self.tokenizer = load_data_tokenizer(config.data, streams)
@@ -29,8 +33,8 @@ class StreamData:
     def iterate(self, first_step: int) -> Iterator[HostBatch]:
         return self._batches.iterate(first_step)
 
-    def validate(self, params: Any, phase: Phase) -> dict[str, float]:
-        return self._validation.metrics(params, phase)
+    def validate(self, params: Any, phase: Phase, heed: Callable[[], None]) -> dict[str, float]:
+        return self._validation.metrics(params, phase, heed)
 
 
 def count_targets(fields: Fields) -> jnp.ndarray:

@@ -75,11 +75,27 @@ def learning_rate(config: OptimizerConfig, np=jnp) -> optax.Schedule:
     return rate
 
 
-def make_optimizer(config: OptimizerConfig, declared) -> optax.GradientTransformation:
-    """Returns Optax's AdamW; the first step (count 0) already has a rate above 0. Gradients are clipped before, by `clip`."""
+def make_optimizer(config: OptimizerConfig, declared) -> optax.GradientTransformationExtraArgs:
+    """Returns AdamW, whose `update` is given the `learning_rate` of the step. Gradients are clipped before, by `clip`.
+
+    Optax's own schedule would count the updates; steps that are left out (`train.on_spike`) move the run's clock and not that count.
+    """
     decays = map_declarations(lambda declaration: declaration.decays, declared)
-    rate = learning_rate(config)
-    return optax.adamw(lambda count: rate(count + 1), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
+    return optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        _scale_by_learning_rate(),
+    )
+
+
+def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """Its state, which nothing reads, is that of `optax.adamw` with a schedule: earlier checkpoints have it."""
+
+    def update(updates, state, params=None, *, learning_rate, **others):
+        scaled = jax.tree.map(lambda u: jnp.asarray(-learning_rate, u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 def global_norm(gradients, specs, mesh: Mesh) -> jax.Array:

@@ -1,9 +1,65 @@
-"""The config that a checkpoint keeps, and whether the run that goes on from it agrees."""
+"""Where a run begins: from its newest checkpoint, if its config agrees with the one that the checkpoint keeps, or with initial weights.
 
-from herd_jax.config import differences, parse
+Data and weights are the same if their contents are, wherever they lie: checkpoints keep fingerprints of them, and paths are compared only
+where an earlier checkpoint has none.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import textwrap
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from herd_jax.config import differences, parse, to_dict
+from herd_jax.errors import UserError
+from herd_jax.files import user_path
+from herd_jax.reliability.appender import Appender
+from herd_jax.reliability.workdir import HISTORY
+from herd_jax.text.tokenizer import Tokenizer
+from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
 from herd_jax.training.config import RunConfig, TrainConfig
+from herd_jax.training.state import State
+from herd_jax.training.step import Steps
 
 GONE = ("skip_nonfinite",)  # fields of `train` that only earlier checkpoints have in their configs
+
+# A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
+SETTLED = ("seed", "init_from", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
+
+Identities = Mapping[str, Mapping[str, str]]  # "data" and "init_from" -> path -> fingerprint of what is there
+
+
+class Initial(Protocol):
+    """What a run begins with."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns the same text for the same weights, wherever they lie."""
+
+    def load_state(self, steps: Steps, seed: int) -> State:
+        """Returns the state before the first step; what is not given is made from `seed`."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where the weights belong to another tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A settled field in which a config differs from that of a checkpoint."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        """Returns what it was before, in brief."""
+        before = f"other content at {self.before}" if self.before == self.now else str(self.before)
+        return f"{self.name} was {textwrap.shorten(before, 80)}"
 
 
 def parse_saved(config: dict) -> RunConfig:
@@ -12,25 +68,72 @@ def parse_saved(config: dict) -> RunConfig:
     return parse(RunConfig, {**config, "train": kept})
 
 
-# A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
-SETTLED = ("seed", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
+def changes(record: dict, config: RunConfig, identities: Identities) -> list[Change]:
+    """Returns in what `config` contradicts that of the run whose checkpoint has `record`; `identities` are those of now."""
+    saved, tokens = to_dict(parse_saved(record["config"])), record["position"]["tokens"]
+    now, known = to_dict(config), record["position"].get("identities")
+    num_steps = parse(TrainConfig, now["train"]).ramp.step_at(tokens)
 
-
-def contradictions(saved: dict, config: dict, tokens: int) -> list[str]:
-    """Returns the fields of a run's config (as `to_dict` has it) that contradict the config of its checkpoint, made after `tokens` tokens."""
-
-    num_steps = parse(TrainConfig, config["train"]).ramp.step_at(tokens)
-
-    def settled(config: dict) -> dict:
+    def settled(config: dict, identities: Identities | None) -> dict:
         """Returns the config without what has changed no result so far: numbers of micro-batches, later mixtures, annealing to come."""
+        identify = lambda kind, path: identities[kind][path] if identities and known else os.path.normpath(user_path(path)) if path else path
         ramp = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
-        mixtures = [phase for phase in config["data"].get("phases", []) if phase["from_tokens"] < tokens]
+        in_order = lambda sources: [[identify("data", path), weight] for path, weight in sources.items()]
+        mixtures = [[phase["from_tokens"], in_order(phase["sources"])] for phase in config["data"]["phases"] if phase["from_tokens"] < tokens]
+        data = {**config["data"], "sources": in_order(config["data"]["sources"]), "phases": mixtures}
+        if known:
+            data["tokenizer"] = ""  # the sources' fingerprints say it
         no_annealing = {"anneal_from": 0, "anneal_steps": 0}
         optimizer = no_annealing | config["optimizer"]
         if not optimizer["anneal_steps"] or num_steps <= optimizer["anneal_from"]:
             optimizer |= no_annealing
-        train, data = {**config["train"], "phases": ramp}, {**config["data"], "phases": mixtures}
-        return {**config, "train": train, "data": data, "optimizer": optimizer}
+        init_from = identify("init_from", config["init_from"]) if config["init_from"] else ""
+        return {**config, "train": {**config["train"], "phases": ramp}, "data": data, "optimizer": optimizer, "init_from": init_from}
 
-    differing = differences(settled(saved), settled(config))
-    return [name for name in differing if any(name == key or name.startswith(key + ".") for key in SETTLED)]
+    differing = differences(settled(saved, known), settled(now, identities))
+    names = [name for name in differing if any(name == key or name.startswith(key + ".") for key in SETTLED)]
+    return [Change(name, _at(saved, name), _at(now, name)) for name in names]
+
+
+def _at(config: dict, name: str) -> Any:
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def restore(
+    checkpointer: TieredCheckpointer,
+    config: RunConfig,
+    steps: Steps,
+    identities: Identities,
+    initial: Initial | None = None,
+    last_step: float = math.inf,
+) -> tuple[State, dict]:
+    """Returns the newest readable state not after `last_step` and its position, else a fresh one, with the `initial` weights if there are any.
+
+    Raises UserError where the config contradicts that of the checkpoint in what `resume.allow` does not name.
+    """
+    newest = checkpointer.newest()
+    if newest is not None:
+        _allow(changes(newest[1], config, identities), config, newest[1]["position"]["step"])
+    restored = checkpointer.restore(steps.plan.abstract_canonical(), last_step)
+    if restored is None:
+        return (initial.load_state(steps, config.seed) if initial else steps.plan.init(config.seed)), {"step": 0}
+    return steps.plan.from_canonical(restored.state), restored.position
+
+
+def _allow(found: list[Change], config: RunConfig, step: int) -> None:
+    """Raises UserError for a change that is not allowed; notes those that are in the run's history."""
+    is_allowed = lambda change: any(change.name == name or change.name.startswith(name + ".") for name in config.resume.allow)
+    wrong = [change for change in found if not is_allowed(change)]
+    if wrong:
+        names = [change.name for change in wrong]
+        raise UserError(
+            f"the checkpoints in {config.workdir} were made with other values of {', '.join(names)}: give the values they were made with, or "
+            f"another workdir, or allow the change from here on with --config.resume.allow={','.join(names)} ({', '.join(map(str, wrong))})"
+        )
+    if found and jax.process_index() == 0:
+        line = {"time": time.time(), "step": step, "changes": {change.name: [change.before, change.now] for change in found}}
+        history = Appender(config.directory / HISTORY)
+        history.append(json.dumps(line).encode() + b"\n")
+        history.close()

@@ -81,7 +81,7 @@ class Spikes:
         if self._rewinds[step] > MAX_REWINDS:
             raise UserError(
                 f"the loss or its gradient is {wrong}, after {MAX_REWINDS} rewinds to step {step}: "
-                "lower optimizer.peak_learning_rate, or look at the data"
+                "lower optimizer.peak_learning_rate and give --config.resume.allow=optimizer.peak_learning_rate, or look at the data"
             )
 
     def record(self) -> dict[str, Any]:

@@ -28,18 +28,24 @@ class Objective(Protocol):
         """
 
 
+class Stopped(Exception):
+    """The run was told to stop while it computes something that the next start can compute again."""
+
+
 class TaskData(Protocol):
     """What a run reads for a task."""
 
     ramp: Ramp
     tokenizer: Tokenizer
     num_tokens: int  # of the training data
+    fingerprints: Mapping[str, str]  # of the data at each path that the config names
 
     def iterate(self, first_step: int) -> Iterator[HostBatch]:
         """Returns the batches from `first_step` on, each a function of (seed, step)."""
 
-    def validate(self, params: PyTree, phase: Phase) -> dict[str, float]:
-        """Returns metrics on held-out data, "val_loss" among them, in batches of the shape of `phase`."""
+    def validate(self, params: PyTree, phase: Phase, heed: Callable[[], None]) -> dict[str, float]:
+        """Returns metrics on held-out data, "val_loss" among them, in batches of the shape of `phase`. Calls `heed` between two batches, on all
+        processes alike: it raises Stopped where the run was told to stop."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -45,27 +45,30 @@ class Validation:
         self._num_bytes: dict[tuple[Phase, str], int] = {}
         self.names = source_names(config.data.paths)
 
-    def by_source(self, params: Any, phase: Phase) -> dict[str, HeldOutLoss]:
-        """Returns the loss of each source that has rows among the `eval.num_batches` batches of `phase`, by name."""
+    def by_source(self, params: Any, phase: Phase, heed: Callable[[], None] = lambda: None) -> dict[str, HeldOutLoss]:
+        """Returns the loss of each source that has rows among the `eval.num_batches` batches of `phase`, by name. Calls `heed` after each batch."""
         num_rows = self._config.eval.num_batches * phase.global_batch_size
         sources = validation_rows(self._streams, phase.seq_len, num_rows, self._config.data.document_mask)
-        return {name: self._loss(params, phase, name, rows) for name, rows in zip(self.names, sources, strict=True) if len(rows)}
+        return {name: self._loss(params, phase, name, rows, heed) for name, rows in zip(self.names, sources, strict=True) if len(rows)}
 
-    def metrics(self, params: Any, phase: Phase) -> dict[str, float]:
+    def metrics(self, params: Any, phase: Phase, heed: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Returns `val_loss` (nats per token) and `val_bits_per_byte` over all rows; where there are several sources, also
         `val_bits_per_byte/SOURCE` of each."""
-        found = self.by_source(params, phase)
+        found = self.by_source(params, phase, heed)
         total = HeldOutLoss.total(list(found.values()))
         values = {"val_loss": total.nats_per_token, "val_bits_per_byte": total.bits_per_byte}
         if len(self.names) > 1:
             values |= {f"val_bits_per_byte/{name}": loss.bits_per_byte for name, loss in found.items()}
         return values
 
-    def _loss(self, params: Any, phase: Phase, name: str, rows: Sequence) -> HeldOutLoss:
+    def _loss(self, params: Any, phase: Phase, name: str, rows: Sequence, heed: Callable[[], None]) -> HeldOutLoss:
         if (phase, name) not in self._num_bytes:
             self._num_bytes[phase, name] = sum(int(self._bytes_of_id[row["targets"][row["loss_mask"]]].sum()) for row in rows)
         sharding = self._steps.batch_sharding
-        found = [self._steps.evaluate(params, batch.to_devices(sharding)) for batch in validation_batches(rows, phase, sharding)]
+        found = []
+        for batch in validation_batches(rows, phase, sharding):
+            found.append(self._steps.evaluate(params, batch.to_devices(sharding)))
+            heed()
         nats, num_targets = (float(np.sum([float(sums[key]) for sums in found])) for key in ("loss", "count"))
         return HeldOutLoss(nats, num_targets, self._num_bytes[phase, name])
 

@@ -10,15 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd_jax.data.mixture import Mixture
-from herd_jax.data.rows import (
-    DataConfig,
-    StreamRows,
-    TrainingRows,
-    check_vocabulary,
-    load_data_tokenizer,
-    open_streams,
-    validation_rows,
-)
+from herd_jax.data.rows import DataConfig, StreamRows, TrainingRows, check_vocabulary, load_data_tokenizer, open_streams, validation_rows
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.errors import UserError
 from herd_jax.text.tokenizer import load_tokenizer

@@ -95,13 +95,13 @@ def test_adamw_against_numpy():
     optimizer = make_optimizer(config, declared)
 
     @jax.jit
-    def step(params, state, gradient):
-        updates, state = optimizer.update(gradient, state, params)
+    def step(params, state, gradient, number):
+        updates, state = optimizer.update(gradient, state, params, learning_rate=learning_rate(config)(number))
         return jax.tree.map(jnp.add, params, updates), state
 
     got, state = params, optimizer.init(params)
-    for gradient in gradients:
-        got, state = step(got, state, gradient)
+    for number, gradient in enumerate(gradients, start=1):
+        got, state = step(got, state, gradient, number)
     expected = numpy_adamw(params, gradients, config, {"matrix": 1, "norm": 0})
     for name in declared:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -113,7 +113,7 @@ def test_decay_mask_by_hand():
     declared = Llama.make(tiny.CONFIG).declared
     params = jax.tree.map(lambda d: jnp.ones(d.canonical_shape), declared, is_leaf=lambda node: isinstance(node, Declaration))
     optimizer = make_optimizer(OptimizerConfig(peak_learning_rate=0.01, warmup_steps=0, weight_decay=0.5), declared)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, learning_rate=0.01)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     shrunk = {name(path): float(update.ravel()[0]) for path, update in jax.tree.leaves_with_path(updates)}
     matrices = {"ends.embed.table", "ends.head.output", "layers.qkv", "layers.out", "layers.gate_up", "layers.down"}

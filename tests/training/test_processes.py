@@ -25,7 +25,7 @@ def get_config():
         "train": {"num_steps": 8, "global_batch_size": 8, "seq_len": 32, "num_micro_batches": 2},
         "optimizer": {"peak_learning_rate": 1e-2, "warmup_steps": 4, "decay_steps": 24},
         "checkpoint": {"every_steps": 4, "keep": 3},
-        "eval": {"every_steps": 4, "num_batches": 2},
+        "eval": {"every_steps": 2, "num_batches": 2},
         "log": {"every_steps": 1},
     }
 """
@@ -92,9 +92,10 @@ def one_process(base):
 
 
 def test_two_processes_then_four_after_an_interrupt(base, one_process, tmp_path):
-    """Ctrl-C stops both after the same step; four processes continue there, and end with the losses of one."""
+    """Ctrl-C, here before or in the first evaluation, stops both after the same step; four processes continue there, and end with the losses of
+    one."""
     process = start(2, base, tmp_path / "run")
-    until(process, r"^\[0\] step 2/")
+    until(process, r"^\[0\] step 1/")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -110,7 +111,7 @@ def test_two_processes_then_four_after_an_interrupt(base, one_process, tmp_path)
 
 def test_a_killed_process_ends_all_and_one_process_continues(base, one_process, tmp_path):
     process = start(2, base, tmp_path / "run")
-    until(process, r"^\[0\] step 7/")
+    until(process, r"^\[0\] step 5/")
     parent = f"/proc/{process.pid}/task/{process.pid}/children"
     for pid in Path(parent).read_text().split():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the launcher's own short sleeps come and go

@@ -3,9 +3,16 @@
 import pytest
 from run_configs import config, phases
 
-from herd_jax.config import to_dict
+from herd_jax.config import parse, to_dict
 from herd_jax.errors import UserError
-from herd_jax.training.resume import contradictions, parse_saved
+from herd_jax.training.config import RunConfig
+from herd_jax.training.resume import changes, parse_saved
+
+
+def contradictions(saved, run, tokens, known=None, identities=None):
+    """The names of the fields in which configs (as `to_dict` has them) differ; `known`: what the checkpoint has of identities."""
+    position = {"step": 1, "tokens": tokens} | ({"identities": known} if known else {})
+    return [change.name for change in changes({"config": saved, "position": position}, parse(RunConfig, run), identities or {})]
 
 
 def changed(**overrides):
@@ -26,7 +33,7 @@ def test_the_config_of_an_earlier_checkpoint_is_read():
 
 def test_contradictions_are_named():
     assert changed(seed=1, model__dim=32, optimizer__b2=0.9, train__seq_len=64, data__sources="data/other") == [
-        "data.sources.data/test", "seed", "model.dim", "train.seq_len", "optimizer.b2", "data.sources.data/other",
+        "data.sources", "seed", "model.dim", "train.seq_len", "optimizer.b2",
     ]  # fmt: skip
     assert changed(train__global_batch_size=16) == ["train.global_batch_size"]
     assert changed(train__phases=phases()) == ["train.phases"]
@@ -75,3 +82,46 @@ def test_annealing_may_change_while_it_is_to_come():
     older = annealed(0, 0)
     older["optimizer"] = {name: value for name, value in older["optimizer"].items() if not name.startswith("anneal")}
     assert not contradictions(older, annealed(100), tokens) and contradictions(older, annealed(99), tokens)
+
+
+def of_data(sources, fingerprints, saved="data/a", known=None):
+    """What contradicts a checkpoint of a run on `saved`, if the paths hold what `fingerprints` says."""
+    identities = {"data": fingerprints, "init_from": {}}
+    known = {"data": known, "init_from": {}} if known else None
+    return contradictions(*(to_dict(config(data={"sources": value})) for value in (saved, sources)), 0, known, identities)
+
+
+def test_data_is_known_by_its_content():
+    assert not of_data("data/a", {"data/a": "1"}, known={"data/a": "1"})
+    assert of_data("data/a", {"data/a": "2"}, known={"data/a": "1"}) == ["data.sources"]
+    assert not of_data("/mnt/b", {"/mnt/b": "1"}, known={"data/a": "1"})  # moved
+    two, known = "data/a:1,data/b:2", {"data/a": "1", "data/b": "2"}
+    assert not of_data("x:1,y:2", {"x": "1", "y": "2"}, two, known)
+    assert of_data("y:2,x:1", {"x": "1", "y": "2"}, two, known) == ["data.sources"]  # other rows, since sources take turns in order
+    assert of_data("x:2,y:2", {"x": "1", "y": "2"}, two, known) == ["data.sources"]
+    assert not of_data("x:1,y:2", {"x": "1", "y": "1"}, two, {"data/a": "1", "data/b": "1"})  # twice the same
+
+
+def test_data_of_an_earlier_checkpoint_is_known_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for same in ("data/a", "./data/a", "data/a/", "data//a", "data/b/../a"):
+        assert not of_data(same, {same: "1"})
+    assert not of_data("/home/me/a", {"/home/me/a": "1"}, saved="~/a")
+    for other in ("data/b", "/data/a", "a"):
+        assert of_data(other, {other: "1"}) == ["data.sources"]
+
+
+def test_initial_weights_are_known_by_their_content():
+    def found(path, fingerprint):
+        identities = {"data": {"data/test": "1"}, "init_from": {path: fingerprint} if path else {}}
+        known = {"data": {"data/test": "1"}, "init_from": {"models/a": "1"}}
+        return contradictions(to_dict(config(init_from="models/a")), to_dict(config(init_from=path)), 0, known, identities)
+
+    assert not found("models/a", "1") and not found("/mnt/a", "1")
+    assert found("models/a", "2") == found("", "") == ["init_from"]
+
+
+def test_allowed_names_are_names():
+    assert config(resume__allow=("optimizer", "data.sources", "train.phases")).resume.allow[0] == "optimizer"
+    with pytest.raises(UserError, match="resume.allow names 'optimizer.peak_learning_rat', which is no config key: did you mean 'optimizer.peak"):
+        config(resume__allow="optimizer.peak_learning_rat")

@@ -80,6 +80,22 @@ def test_a_step_beyond_its_limits_changes_only_the_count():
         chex.assert_trees_all_equal(after, expected)
 
 
+@pytest.mark.parametrize("schedule", [dict(warmup_steps=10, weight_decay=0.0), dict(anneal_from=0, anneal_steps=2, weight_decay=0.0)])
+def test_steps_left_out_move_the_schedule(schedule):
+    """The rate that is applied is the one that is logged; Adam's own count, of its averages, is that of the updates."""
+    steps = tiny.make_steps(**schedule)
+    batch = tiny.to_batch(steps, tiny.make_rows(), 1)
+    begin = steps.plan.init(0)
+    first, plain = steps.train(steps.plan.init(0), batch)
+    skipped, _ = steps.train_within(steps.plan.init(0), batch, np.zeros(2, np.float32))
+    second, after_skip = steps.train(skipped, batch)
+    assert int(second.optimizer[0].count) == 1 and int(second.step) == 2
+    change = lambda state: jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.params, begin.params)
+    ratio = float(after_skip["learning_rate"]) / float(plain["learning_rate"])
+    assert ratio in (2, 0)
+    tiny.assert_close(change(second), jax.tree.map(lambda delta: ratio * delta, change(first)), 1e-3)
+
+
 def test_rewinds_to_one_step_come_to_an_end():
     rule = spikes("rewind")
     for _ in range(MAX_REWINDS):

@@ -4,6 +4,7 @@ judgements of a chat model (section 3.1.1). Ours starts from random weights. Tra
 
 import dataclasses
 import functools
+import itertools
 import json
 import tempfile
 import zipfile
@@ -25,7 +26,7 @@ from herd_jax.models.encoder import Encoder, EncoderConfig
 from herd_jax.models.params import Layout
 from herd_jax.text.sentencepiece_training import train_sentencepiece
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
-from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
+from herd_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from herd_jax.training.state import StatePlan
 
 FORMAT = "herd_jax transformer classifier 1"
@@ -141,12 +142,13 @@ def train(labelled: Labelled, config: TransformerConfig = TransformerConfig()) -
     layout = Layout.make(make_mesh(MeshConfig(dp=1), jax.devices()[:1]), shape.num_layers)
     _, params, moments = StatePlan(encoder.declared, optimizer, layout).init(config.seed)
     step = _make_step(encoder, optimizer)
+    rate, numbers = learning_rate(rates), itertools.count(1)
     best, best_loss = None, np.inf
     for batches in passes:
         for batch in batches:
             targets_BC = np.zeros((len(batch.tokens_BT), len(labelled.labels)), np.float32)  # 0 for the rows that only fill the batch
             targets_BC[: len(batch.rows)] = learned.targets_NC[batch.rows]
-            params, moments = step(params, moments, batch.tokens_BT, batch.num_tokens_B, targets_BC)
+            params, moments = step(params, moments, rate(next(numbers)), batch.tokens_BT, batch.num_tokens_B, targets_BC)
         classifier = TransformerClassifier(labelled.labels, shape, jax.tree.map(jnp.copy, params), tokenizer)
         loss = evaluate(classifier.scores(stopping.texts), stopping.targets_NC).loss
         if loss < best_loss:
@@ -154,7 +156,7 @@ def train(labelled: Labelled, config: TransformerConfig = TransformerConfig()) -
     return best, evaluate(best.scores(reported.texts), reported.targets_NC)
 
 
-def _make_step(encoder: Encoder, optimizer: optax.GradientTransformation):
+def _make_step(encoder: Encoder, optimizer: optax.GradientTransformationExtraArgs):
     dtype = _compute_dtype()
 
     def loss(params, tokens_BT, num_tokens_B, targets_BC):
@@ -162,8 +164,8 @@ def _make_step(encoder: Encoder, optimizer: optax.GradientTransformation):
         return -(targets_BC * jax.nn.log_softmax(logits_BC)).sum() / targets_BC.sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, moments, *batch):
-        updates, moments = optimizer.update(jax.grad(loss)(params, *batch), moments, params)
+    def step(params, moments, rate, *batch):
+        updates, moments = optimizer.update(jax.grad(loss)(params, *batch), moments, params, learning_rate=rate)
         return optax.apply_updates(params, updates), moments
 
     return step

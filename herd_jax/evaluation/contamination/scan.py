@@ -19,7 +19,6 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from herd_jax.curation import lock
 from herd_jax.curation.benchmark_items import Benchmark
 from herd_jax.curation.decontamination import Decontaminate, DecontaminationConfig, Index, report
 from herd_jax.curation.execution import ClusterConfig, CurationPhase, run_phases
@@ -27,6 +26,7 @@ from herd_jax.data.streams import HEADER, TokenStream
 from herd_jax.errors import UserError
 from herd_jax.evaluation.results import item_id
 from herd_jax.files import user_path, write_whole
+from herd_jax.reliability.lock import only_writer
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 PART_TOKENS = 2**24  # of a stream that one task reads, unless there were too many tasks
@@ -77,11 +77,7 @@ def scan(
         load_tokenizer(TokenStream(source.path).tokenizer_path)  # refused before the first is read, not after
     workdir = user_path(directory) / item_id(*(text for task, items in texts.items() for text in (task, str(len(items)), *items)))
     index_file, phases, hits = workdir / "index.npz", [], []
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{workdir} cannot be made ({error.strerror}): give an --index that can be written") from error
-    with lock.only_run(workdir):
+    with only_writer(workdir):
         if not index_file.is_file():
             Index.build(_benchmarks(texts, workdir / "items")).save(index_file)
         for source in sources:

@@ -8,12 +8,7 @@ import numpy as np
 from herd_jax.errors import UserError
 from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.needles.haystack import read_haystack
-from herd_jax.evaluation.needles.recall import (
-    NeedleResult,
-    multi_lengths,
-    multi_needle_recall,
-    needle_recall,
-)
+from herd_jax.evaluation.needles.recall import NeedleResult, multi_lengths, multi_needle_recall, needle_recall
 from herd_jax.evaluation.results import half_interval
 from herd_jax.model import Model
 from herd_jax.page.figure import figure_file

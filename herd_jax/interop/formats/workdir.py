@@ -1,18 +1,23 @@
 """Checkpoints of a training run: the parameters of one, a few layers at a time, without the optimizer's state."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import tensorstore
 
+from herd_jax.config import to_dict
 from herd_jax.errors import UserError
 from herd_jax.interop.formats.mapping import parameters
 from herd_jax.interop.source import Source, tokenizer_in
 from herd_jax.reliability.workdir import CHECKPOINTS, TOKENIZER, stage_directories
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.checkpoints.orbax_storage import Unreadable
+from herd_jax.training.config import RunConfig
 from herd_jax.training.resume import parse_saved
+from herd_jax.training.state import State, StatePlan
 
 RECORD = "record"  # what every checkpoint's directory has in it
 _CHECKSUM_BLOCK = 1 << 18  # elements at a time, so that intermediate values stay in the processor's cache
@@ -52,8 +57,23 @@ def _source(path: Path, workdir: Path, directory: Path, record: dict) -> "Checkp
     context_length = max(phase.seq_len for phase in run.train.ramp.phases)
     tokenizer_path = tokenizer_in(workdir / TOKENIZER)
     return CheckpointSource(
-        path, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"]
+        path, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"], _run_of(run)
     )
+
+
+def _run_of(run: RunConfig) -> str:
+    settled = {"seed": run.seed, "init_from": run.init_from, "model": to_dict(run.model), "sources": list(run.data.sources.values())}
+    return hashlib.blake2b(json.dumps(settled).encode(), digest_size=16).hexdigest()
+
+
+def read_state(checkpoint: Path, plan: StatePlan) -> State:
+    """Returns the whole state of the checkpoint WORKDIR/checkpoints/STEP as `plan` lays it out. Raises UserError where it is damaged, or does
+    not fit."""
+    try:
+        restored = Checkpointer(checkpoint.parent, keep=1).read(int(checkpoint.name), plan.abstract_canonical())
+    except Unreadable as error:
+        raise UserError(f"the checkpoint {checkpoint} is damaged ({error}): name another one") from error
+    return plan.from_canonical(restored.state)
 
 
 def open_stages(workdir: Path) -> Source:
@@ -69,7 +89,12 @@ class CheckpointSource(Source):
 
     directory: Path
     checksums: dict[str, int]
+    run: str  # the same for all checkpoints of a run, also when it trains on
     _sums: dict[str, dict] = dataclasses.field(default_factory=dict)  # name -> layer -> its share of the checksum
+
+    @property
+    def fingerprint(self) -> str:
+        return self.run
 
     def read(self, name, layer=None, index=None):
         declaration = parameters(self.config)[name]
@@ -88,7 +113,7 @@ class CheckpointSource(Source):
 
     def _open(self, name: str) -> tensorstore.TensorStore:
         """Opens an array as Orbax writes it."""
-        base = {"driver": "ocdbt", "base": f"file://{self.directory}/", "path": f"params.{name}/"}
+        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self.directory}/"}, "path": f"params.{name}/"}
         return tensorstore.open({"driver": "zarr", "kvstore": base}, open=True, read=True).result()
 
     def _damaged(self, name: str) -> str:

@@ -7,6 +7,7 @@ sharding and deletes the steps that our preservation policy gives up. We add:
   and a checksum that does not depend on sharding, computed on the devices before saving and compared after restoring;
 - falling back: a checkpoint that cannot be read, or whose leaves differ from their checksums, is set aside and the one before
   is used, while a state that does not fit the model is the user's error and touches nothing;
+- reading back: a save counts, and makes older checkpoints go, once its record and the index of its arrays were read (`read_back.py`);
 - errors that name the disk, not the library, and a limit to every wait for another process (`orbax_storage.TIME_LIMIT_S`).
 Checksums find what changed; they do not repair. Bytes that no array needs (padding, the library's notes) may change unseen.
 What FSDP shards has no second copy whose checksum could be compared with it: a device that computes wrongly shows when a step is
@@ -29,8 +30,10 @@ from herd_jax.errors import FailedAlone, UserError
 from herd_jax.training.checkpoints import orbax_storage
 from herd_jax.training.checkpoints.checksums import checksums, held_here, leaf_types, sealed
 from herd_jax.training.checkpoints.orbax_storage import Unreadable
+from herd_jax.training.checkpoints.read_back import require_readable
 
 PyTree = Any
+PATTERN_SIGNS = frozenset("[*?")  # Orbax looks for its files with glob(), and would miss them or find others'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike, keep: int, private: bool = False) -> None:
         self.directory = Path(directory).absolute()
+        if pattern := PATTERN_SIGNS.intersection(str(self.directory)):
+            signs = " ".join(sorted(pattern))
+            raise UserError(f"{self.directory} has {signs} in it, which Orbax, the checkpoints' library, takes for a pattern: choose another path")
         self.private = private
         orbax_storage.report_each_error_once()
         self._policy = orbax_storage.NewestAndBest(self.directory, keep)
@@ -219,7 +225,8 @@ class Checkpointer:
         self._manager.reload()
 
     def _note_written(self) -> None:
-        self._policy.note_written(self._step)
+        """Is called in the background before the checkpoint gets its name; where it raises, nothing older is deleted."""
+        require_readable(self._policy.note_written(self._step), self.private)
 
     def _prepare_directory(self) -> None:
         """Makes the directory, removes interrupted saves, reads which earlier step is the best."""

@@ -125,10 +125,11 @@ class NewestAndBest:
         best = min(evaluated, key=lambda step: (self.val_losses[step], -step), default=None)
         return [step == best or step in steps[-self.keep :] or step in whole[-self.keep :] for step in steps]
 
-    def note_written(self, step: int) -> None:
-        """Notes the sizes of the step's files, once they are written; their directory may still have its temporary name."""
+    def note_written(self, step: int) -> Path:
+        """Notes the sizes of the step's files, once they are written, and returns their directory, which may still have its temporary name."""
         (directory,) = [*self.directory.glob(f"{step}{TEMPORARY}*"), *self.directory.glob(str(step))][:1]
         self.sizes[step] = {path.relative_to(directory): path.stat().st_size for path in directory.glob("*/**/*") if path.is_file()}
+        return directory
 
     def _is_whole(self, step: int) -> bool:
         paths = {path: self.directory / str(step) / path for path in self.sizes.get(step, ())}

@@ -6,21 +6,20 @@ one begins.
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from herd_jax.config import to_dict
-from herd_jax.errors import StartAgain, UserError
+from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.reliability.run_lock import only_run
+from herd_jax.reliability.signals import ending_at_once
 from herd_jax.reliability.timeline import Timeline
 from herd_jax.reliability.watchdog import Watchdog
 from herd_jax.reliability.workdir import CHECKPOINTS, STAGES, stage_name
@@ -28,7 +27,8 @@ from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.checkpoints.local_and_durable import delete_local
 from herd_jax.training.config import RunConfig, build_steps
-from herd_jax.training.loop import Initial, train
+from herd_jax.training.loop import train
+from herd_jax.training.resume import Initial
 from herd_jax.training.stages.config import StageConfig
 from herd_jax.training.stages.decisions import Decisions, Verdict
 from herd_jax.training.state import State
@@ -83,7 +83,11 @@ def train_stages(config: RunConfig, task: Task, gate: Gate, initial: Initial | N
         raise UserError(f"{workdir} holds a run without stages: choose another workdir, and begin with that run by init_from={workdir}")
     stages = stage_configs(config)
     _check(stages, task, gate)
-    decisions, begin = Decisions(workdir), initial
+    with only_run(workdir):
+        _train_in_order(stages, task, gate, initial, Decisions(workdir))
+
+
+def _train_in_order(stages: list[RunConfig], task: Task, gate: Gate, begin: Initial | None, decisions: Decisions) -> None:
     for number, stage in enumerate(stages, start=1):
         last = decisions.last(number)
         if last is None or last["verdict"] != "passed":
@@ -109,7 +113,7 @@ def _train_until_passed(
             )
         train(stage, task, begin)
         num_steps = stage.train.num_steps
-        with _watched_evaluation(stage), _ending_at_once():
+        with _watched_evaluation(stage), ending_at_once("at the gate after a stage"):
             verdict = gate(stages, number, decisions.short_loss)
         passed = bool(multihost_utils.broadcast_one_to_all(np.array(verdict.passed)))  # all processes go the same way
         trains_on = not passed and decisions.num_rounds(number) < max_rounds
@@ -128,19 +132,14 @@ class _StageBefore:
     num_steps: int
 
     def load_state(self, steps: Steps, seed: int) -> State:
-        """Returns a state with that stage's parameters, optimizer moments and their age; its step, and that of the schedule, are 0."""
+        """Returns a state with that stage's parameters, optimizer moments and their age; its step, the clock of the schedule, is 0."""
         checkpointer = Checkpointer(_checkpoints(self.stage), self.stage.checkpoint.keep)
         restored = checkpointer.restore(steps.plan.abstract_canonical())
         checkpointer.close()
         if restored is None or restored.step != self.num_steps:
             raise UserError(f"the last checkpoint of stage {self.number} cannot be read: the same command trains the end of that stage again")
-
-        def begin(state: State) -> State:
-            is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
-            restart = lambda node: optax.ScaleByScheduleState(jnp.zeros_like(node.count)) if is_schedule(node) else node
-            return State(jnp.zeros_like(state.step), state.params, jax.tree.map(restart, state.optimizer, is_leaf=is_schedule))
-
-        return jax.jit(begin, out_shardings=steps.plan.shardings, donate_argnums=0)(steps.plan.from_canonical(restored.state))
+        state = steps.plan.from_canonical(restored.state)
+        return state._replace(step=jax.device_put(np.int32(0), state.step.sharding))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Does nothing: the tokenizers of all stages were compared before the first."""
@@ -209,23 +208,6 @@ def _watched_evaluation(stage: RunConfig) -> Iterator[None]:
             yield
     finally:
         timeline.close()
-
-
-@contextlib.contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Lets a signal end the gate's evaluation at once; the next start repeats it."""
-
-    def end(number, frame):
-        if number == signal.SIGINT:
-            raise UserError("interrupted at the gate after a stage: the same command continues there")
-        raise StartAgain("stopped at the gate after a stage: the same command continues there")
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _to_step(stage: RunConfig, num_steps: int) -> RunConfig:

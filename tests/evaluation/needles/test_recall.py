@@ -15,21 +15,8 @@ from herd_jax import evaluate
 from herd_jax.data.streams import StreamWriter, TokenStream
 from herd_jax.errors import UserError
 from herd_jax.evaluation.evaluation import Evaluation
-from herd_jax.evaluation.needles.haystack import (
-    TEMPLATES,
-    Needle,
-    PromptMaker,
-    Template,
-    draw_needles,
-    read_haystack,
-    text_ids,
-)
-from herd_jax.evaluation.needles.recall import (
-    multi_lengths,
-    multi_needle_recall,
-    needle_recall,
-    share_found,
-)
+from herd_jax.evaluation.needles.haystack import TEMPLATES, Needle, PromptMaker, Template, draw_needles, read_haystack, text_ids
+from herd_jax.evaluation.needles.recall import multi_lengths, multi_needle_recall, needle_recall, share_found
 from herd_jax.evaluation.needles.report import evaluate_needle
 from herd_jax.model import Model
 from herd_jax.models.llama import Llama

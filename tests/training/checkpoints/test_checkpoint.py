@@ -316,9 +316,10 @@ def test_a_save_that_is_written_at_once_makes_the_older_go(tmp_path, monkeypatch
         return kept
 
     def note_and_wait(policy, step):
-        note_written(policy, step)
+        directory = note_written(policy, step)
         while step not in judged:
             time.sleep(0.001)
+        return directory
 
     monkeypatch.setattr(orbax_storage.NewestAndBest, "should_preserve", judge_when_written)
     monkeypatch.setattr(orbax_storage.NewestAndBest, "note_written", note_and_wait)

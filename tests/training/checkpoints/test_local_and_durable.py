@@ -148,7 +148,7 @@ def disk_without_space(monkeypatch, checkpointer, tier):
     def note_written(step):
         if full:
             raise OSError(28, "No space left on device")
-        written(step)
+        return written(step)
 
     monkeypatch.setattr(getattr(checkpointer, tier)._policy, "note_written", note_written)
     return full

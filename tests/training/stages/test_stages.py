@@ -131,8 +131,7 @@ def test_a_stage_begins_with_the_state_of_the_one_before(data, whole):
     begun = steps.plan.to_canonical(_StageBefore(1, stages[0], 6).load_state(steps, seed=5))
     step, ended = final_state(data, whole, 1, mesh=2)
     assert step == 6 and int(begun.step) == 0
-    (moments, *_, schedule), (ended_moments, *_, ended_schedule) = (state.optimizer for state in (begun, ended))
-    assert int(schedule.count) == 0 and int(ended_schedule.count) == 6
+    moments, ended_moments = begun.optimizer[0], ended.optimizer[0]
     assert int(moments.count) == 6
     assert_same((begun.params, moments), (ended.params, ended_moments))
     with pytest.raises(UserError, match="the last checkpoint of stage 1 cannot be read: the same command trains the end"):
