@@ -11,6 +11,7 @@ import argparse
 
 import jax
 
+from herd_jax.config import number
 from herd_jax.errors import command_line
 from herd_jax.interop.operations.average import average
 from herd_jax.interop.save import FORMATS
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
         prog="python -m herd_jax.average", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, nargs="+", metavar="PATH")
-    parser.add_argument("--weights", nargs="+", type=float, default=(), metavar="W", help="one for each path; default: all models alike")
+    parser.add_argument("--weights", nargs="+", type=number, default=(), metavar="W", help="one for each path; default: all models alike")
     parser.add_argument("--last", type=int, metavar="N", help="of each path, a workdir: its N newest checkpoints, in equal shares")
     parser.add_argument("--target", required=True, help="a new directory")
     parser.add_argument("--to", choices=FORMATS, default="herd", help="default: herd")

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 from importlib.util import find_spec
 
+from herd_jax.config import number
 from herd_jax.errors import UserError, command_line
 
 
@@ -105,7 +106,7 @@ def _needle(commands) -> None:
     _add_model(command)
     command.add_argument("--lengths", nargs="+", type=int, default=(), metavar="TOKENS", help="default: the model's context and its halves")
     depths = "of the text before it; default: 0 0.1 ... 1; not with --multi"
-    command.add_argument("--depths", nargs="+", type=float, default=(), metavar="SHARE", help=depths)
+    command.add_argument("--depths", nargs="+", type=number, default=(), metavar="SHARE", help=depths)
     command.add_argument("--samples", type=int, default=4, metavar="N", help="needles at each length and depth; default: 4")
     command.add_argument("--haystack", nargs="+", default=(), metavar="GLOB", help="files of text; default: Python's manual")
     command.add_argument("--multi", action="store_true", help="the paper's test: 4 needles, 2 asked for; default: ten lengths to 131,072")
@@ -128,7 +129,7 @@ def _dataset_value(commands) -> None:
     command = commands.add_parser("dataset-value", help="what a small data set is worth: a half-trained run annealed with it and without")
     command.add_argument("--run", required=True, dest="run_directory", metavar="WORKDIR", help="of a run of herd_jax.train")
     command.add_argument("--candidate", required=True, metavar="DIR", help="made by herd_jax.tokenize")
-    command.add_argument("--share", type=float, default=0.3, help="of the candidate in the mixture; default: 0.3, the paper's")
+    command.add_argument("--share", type=number, default=0.3, help="of the candidate in the mixture; default: 0.3, the paper's")
     command.add_argument("--tokens", type=int, metavar="N", help="of annealing; default: a tenth of what the checkpoint has seen")
     command.add_argument("--held-out", nargs="+", default=(), metavar="DIR", help="more to measure on: made by herd_jax.tokenize")
     _add_mesh(command, "the mesh of the run")
@@ -168,7 +169,7 @@ def _fp8(commands) -> None:
     command.add_argument("--texts", metavar="FILE", help="one a line, to measure the loss on; default: the prompts")
     command.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt; default: 1")
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer; default: 128")
-    command.add_argument("--temperature", type=float, default=1.0, help="default: 1")
+    command.add_argument("--temperature", type=number, default=1.0, help="default: 1")
     command.add_argument("--chat", action="store_true", help="asks in a dialog")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=run)

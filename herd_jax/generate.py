@@ -9,6 +9,7 @@ PATH is the workdir of a training run, a Hugging Face, Meta or herd directory, o
 import argparse
 import contextlib
 
+from herd_jax.config import number
 from herd_jax.errors import command_line
 from herd_jax.mesh import MeshConfig, request_cpu_devices
 from herd_jax.model import DTYPES, load
@@ -23,8 +24,8 @@ def main(argv: list[str]) -> None:
     what.add_argument("--chat", action="store_true", help="a dialog; Ctrl-C cuts an answer short, an empty line or Ctrl-D ends it")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draws from the likeliest tokens that together have this probability")
+    parser.add_argument("--temperature", type=number, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=number, default=1.0, help="draws from the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on accelerators, float32 on CPU")

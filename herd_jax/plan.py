@@ -14,7 +14,7 @@ import json
 import math
 from typing import Any
 
-from herd_jax.config import read_command_line
+from herd_jax.config import number, read_command_line
 from herd_jax.errors import UserError, command_line
 from herd_jax.machines import hardware
 from herd_jax.mesh import AXES
@@ -53,7 +53,7 @@ def plan_job(argv: list[str]) -> None:
     add_pipeline_arguments(parser)
     parser.add_argument("--remat", choices=REMAT, help="what the backward computes again (default: none)")
     parser.add_argument("--gather", choices=GATHER, help="how often FSDP gathers the weights (default: step)")
-    parser.add_argument("--document-length", type=float, help="mean of the documents packed in a row (default: the row is one document)")
+    parser.add_argument("--document-length", type=number, help="mean of the documents packed in a row (default: the row is one document)")
     parser.add_argument("--tokens", help="budget for days and energy (default: the run's own tokens, or 15.6T, the paper's)")
     parser.add_argument("--search", action="store_true", help="rank the layouts of --gpus with --global-batch-tokens instead")
     parser.add_argument("--gpus", type=int, help="with --search: number of devices (default: the run's own)")
@@ -85,6 +85,8 @@ def plan_job(argv: list[str]) -> None:
         return show(args, report.search_lines(found), report.search_dict(found, budget))
     if args.gpus:
         raise UserError("--gpus goes with --search: without it the mesh says how many devices there are (--tp, --cp, --pp, --dp)")
+    if args.global_batch_tokens:
+        raise UserError("--global-batch-tokens goes with --search: without it give --batch-per-dp and --seq-len")
     planned, run = report.plan(job, budget), report.RunPlan.make(phases) if phases else None
     lines = (run.lines() if run else []) + planned.lines()
     show(args, lines, planned.to_dict() | ({"phases": run.to_dicts()} if run else {}))
@@ -119,7 +121,7 @@ def plan_schedule(argv: list[str]) -> None:
 def plan_goodput(argv: list[str]) -> None:
     parser = make_parser("goodput", "Simulates failures at the paper's rates: how much of the time is training, and how often to save.")
     parser.add_argument("--gpus", type=int, default=16_384)
-    parser.add_argument("--days", type=float, default=54)
+    parser.add_argument("--days", type=number, default=54)
     parser.add_argument("--seeds", type=int, default=20, help="runs simulated (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", metavar="FILE", help="draws goodput over the checkpoint interval, .png or .svg")

@@ -8,7 +8,7 @@ The command may be a launcher; from its first `--config` on, it has the argument
 import argparse
 import sys
 
-from herd_jax.config import read_command_line
+from herd_jax.config import number, read_command_line
 from herd_jax.errors import UserError, command_line
 from herd_jax.reliability.supervisor import Supervisor
 from herd_jax.training.config import RunConfig
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [options] -- COMMAND", description="Keeps a run going.")
     parser.add_argument("--give-up-after", type=int, default=5, metavar="N", help="failures in a row without a further step (default 5)")
     wait = "wait before a restart, doubled with each such failure (default 5)"
-    parser.add_argument("--backoff", type=float, default=5.0, metavar="SECONDS", help=wait)
+    parser.add_argument("--backoff", type=number, default=5.0, metavar="SECONDS", help=wait)
     arguments = parser.parse_args(options)
     begin = next((i for i, argument in enumerate(command) if argument.startswith("--config")), None)
     if begin is None:

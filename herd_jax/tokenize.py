@@ -2,6 +2,7 @@
 
 import argparse
 
+from herd_jax.config import number
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import command_line
 
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> None:
     kind.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train SentencePiece of this size on the sources")
     parser.add_argument("--target", required=True, metavar="DIR", help="gets train/, validation/ and tokenizer/")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column with the text (default: text)")
-    parser.add_argument("--validation-fraction", type=float, default=0.01, metavar="F", help="documents held out (default: 0.01)")
+    parser.add_argument("--validation-fraction", type=number, default=0.01, metavar="F", help="documents held out (default: 0.01)")
     parser.add_argument("--processes", type=int, metavar="N", help="default: one a CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run made in DIR")
     args = parser.parse_args(argv)

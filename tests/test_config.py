@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
+import run_configs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd_jax.config import differences, parse, read_command_line, to_dict
+from herd_jax.config import NOT_GIVEN, NotGiven, differences, number, parse, read_command_line, to_dict
 from herd_jax.config.help import field_comments
 from herd_jax.config.values import sections_of
 from herd_jax.curation.settings import CurationConfig
@@ -307,3 +309,40 @@ def test_every_field_of_a_config_says_what_it_is(config):
                 yield f"{cls.__name__}.{field.name}"
 
     assert not list(unsaid(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    scaling: Phase | None | NotGiven = NOT_GIVEN
+    depth: int | None = None
+
+
+def test_none_is_a_value_where_a_field_can_be_left_out():
+    assert parse(Scaled, {}).scaling is NOT_GIVEN and "scaling" not in to_dict(parse(Scaled, {}))
+    for none in ("none", None, "null"):
+        assert parse(Scaled, {"scaling": none}).scaling is None
+        assert to_dict(parse(Scaled, {"scaling": none})) == {"scaling": "none", "depth": None}
+    given = parse(Scaled, {"scaling": {"tokens": 3.0}})
+    assert given.scaling == Phase(3.0) and parse(Scaled, to_dict(given)) == given
+
+
+def test_nan_is_no_setting():
+    for value in ("nan", math.nan, "NaN"):
+        with pytest.raises(UserError, match="config key 'depth' must be"):
+            parse(Scaled, {"depth": value})
+    with pytest.raises(ValueError):
+        number("nan")
+    assert number("inf") == math.inf and number("1e-3") == 0.001
+
+
+def test_a_name_given_two_weights():
+    with pytest.raises(UserError, match="data.sources names a more than once"):
+        run_configs.config(data__sources="a:1,b,a:2")
+
+
+def test_suggestions_stay_in_their_section():
+    for key, words in (("optimizer.betas", "the keys of optimizer are peak_learning_rate"), ("optimizer.lr", "the keys of optimizer are"),
+                       ("optimizer.weight_deca", "did you mean 'optimizer.weight_decay'"), ("train.seqlen", "did you mean 'train.seq_len'")):  # fmt: skip
+        section, name = key.split(".")
+        with pytest.raises(UserError, match=f"unknown config key '{key}': {words}"):
+            run_configs.config(**{f"{section}__{name}": 1})

@@ -7,7 +7,9 @@ The dataclass (nested: a section is a field that is a dataclass) declares every 
 import ast
 import dataclasses
 import difflib
+import enum
 import json
+import math
 import re
 import types
 import typing
@@ -35,6 +37,30 @@ def parse(cls: type[Config], mapping: Mapping[str, Any], path: str = "") -> Conf
     return _build(cls, mapping, path)
 
 
+class NotGiven(enum.Enum):
+    """The value of a field that was left out, where None is a value of its own: `name: X | None | NotGiven = NOT_GIVEN`.
+
+    In a dict such a field is absent if it was left out, and the text "none" if it is None: None in a dict that an earlier version wrote
+    means that it was left out.
+    """
+
+    NOT_GIVEN = "not given"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
+
+
+def number(text: str) -> float:
+    """Returns the number that a flag of a command says; NaN is none. Raises ValueError."""
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError
+    return value
+
+
 def check_name(cls: type, name: str, key: str) -> None:
     """Raises UserError where `name`, which `key` names, is no dotted name of a field or section of the config `cls`."""
     names = _names(cls, "")
@@ -44,7 +70,18 @@ def check_name(cls: type, name: str, key: str) -> None:
 
 def to_dict(instance: Any) -> dict[str, Any]:
     """The config as nested dicts and lists that JSON can write; `parse` reads them back."""
-    return json.loads(json.dumps(dataclasses.asdict(instance)))
+    return json.loads(json.dumps(_plain(instance)))
+
+
+def _plain(value: Any) -> Any:
+    """Returns dataclasses as dicts, also those in tuples and dicts."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: (getattr(value, field.name), field.default is NOT_GIVEN) for field in dataclasses.fields(value)}
+        kept = {name: (of, may_be_absent) for name, (of, may_be_absent) in fields.items() if of is not NOT_GIVEN}
+        return {name: "none" if of is None and may_be_absent else _plain(of) for name, (of, may_be_absent) in kept.items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -91,7 +128,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         return tuple(_coerce_item(args[0], item, f"{key}[{index}]") for index, item in enumerate(_items(value)))
     if origin is dict:
         assert args[0] is str, f"{key}: only dict[str, X] is read"
-        return {name: _coerce(args[1], item, f"{key}.{name}") for name, item in _weights(value).items()}
+        return {name: _coerce(args[1], item, f"{key}.{name}") for name, item in _weights(value, key).items()}
     return _coerce_scalar(hint, value)
 
 
@@ -100,6 +137,8 @@ def _coerce_scalar(hint: type, value: Any) -> Any:
         return value.lower() == "true"
     if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         number = _number(value) if isinstance(value, str) else value
+        if number != number:
+            raise _Mismatch  # no setting means NaN, and no comparison would find it
         if hint is float:
             return float(number)
         if isinstance(number, int) or number.is_integer():
@@ -114,7 +153,7 @@ def _coerce_union(members: tuple[Any, ...], value: Any, key: str) -> Any:
     if types.NoneType in members and (value is None or isinstance(value, str) and value.lower() in ("none", "null")):
         return None
     for member in members:
-        if member is not types.NoneType:
+        if member not in (types.NoneType, NotGiven):
             try:
                 return _coerce(member, value, key)
             except _Mismatch:
@@ -146,12 +185,15 @@ def _items(value: Any) -> list | tuple:
     return value
 
 
-def _weights(value: Any) -> Mapping[str, Any]:
+def _weights(value: Any, key: str) -> Mapping[str, Any]:
     """name -> weight of "name", "name:0.3,other:0.7", a python literal, or a mapping."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = _literal(value)
     elif isinstance(value, str):
         matches = [re.fullmatch(r"(.+?)(?::([-+.\d][-+.\w]*))?", item.strip()) for item in value.split(",") if item.strip()]
+        names = [match[1] for match in matches if match]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"{key} names {min(repeated)} more than once: give each one weight")
         value = {match[1]: match[2] or 1.0 for match in matches if match}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise _Mismatch
@@ -200,9 +242,16 @@ def _unknown_keys(cls: type, mapping: Any, path: str) -> Iterator[str]:
 
 
 def _suggestion(key: str, names: list[str]) -> str:
-    same_last_name = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = difflib.get_close_matches(key, same_last_name or names, n=1, cutoff=0.0 if same_last_name else 0.5)
-    return f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
+    section, _, last = key.rpartition(".")
+    if same_last_name := [name for name in names if name.rpartition(".")[2] == last]:
+        return f"did you mean '{difflib.get_close_matches(key, same_last_name, n=1, cutoff=0.0)[0]}'?"
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
+    anywhere = {name.rpartition(".")[2]: name for name in names}
+    same_letter = {short: name for short, name in beside.items() if short[:1] == last[:1]}
+    for last_names, cutoff in ((same_letter, 0.5), (beside, 0.7), (anywhere, 0.75)):  # of whole names, a long section makes any two alike
+        if near := difflib.get_close_matches(last, last_names, n=1, cutoff=cutoff):
+            return f"did you mean '{last_names[near[0]]}'?"
+    return f"the keys{f' of {section}' if section and beside else ''} are {', '.join(beside if section and beside else names)}"
 
 
 def _leaves(mapping: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ Which source has its turn is decided in `mixture.py`; rows become global batches
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -52,7 +53,7 @@ class DataConfig:
 def open_streams(config: DataConfig, split: Literal["train", "validation"]) -> list[TokenStream]:
     """Opens the streams of one split, in the order of `config.paths`.
 
-    Raises UserError for no sources, a missing, damaged or empty one, a weight that is not positive and finite, sources of different
+    Raises UserError for no sources, a missing, damaged or empty one, one without a token to predict, a weight that is not positive and finite, sources of different
     tokenizers, or phases that do not follow one another.
     """
     starts = [0, *(phase.from_tokens for phase in config.phases)]
@@ -61,6 +62,12 @@ def open_streams(config: DataConfig, split: Literal["train", "validation"]) -> l
     for index, sources in enumerate(config.mixtures):
         _check_weights(sources, f"data.phases[{index - 1}].sources" if index else "data.sources")
     streams = [TokenStream(user_path(path) / split) for path in config.paths]
+    for stream in streams:
+        if stream.num_tokens == (stream.num_documents if config.document_mask else 1):
+            raise UserError(
+                f"token stream {stream.path} has no token to predict: each of its {stream.num_documents} documents is one token long, so make "
+                "it from more text"
+            )
     for stream in streams[1:]:
         if stream.tokenizer_fingerprint != streams[0].tokenizer_fingerprint:
             raise UserError(f"data.sources mixes tokenizers: {stream.path} and {streams[0].path} were made with different ones")
@@ -74,7 +81,16 @@ def _check_weights(sources: dict[str, float], key: str) -> None:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{key} gives {path} the weight {weight!r}: it must be a positive finite number")
         if not user_path(path).is_dir():
-            raise UserError(f"data source {path} does not exist: make it with python -m herd_jax.tokenize --target {path}")
+            raise UserError(f"data source {path} does not exist: {_meant(path, weight, sources, key)}")
+
+
+def _meant(path: str, weight: float, sources: dict[str, float], key: str) -> str:
+    """Returns the remedy; where a name with a colon or a comma was taken apart, how to write it."""
+    for whole in (f"{path}:{weight:g}", *(",".join(names) for names in itertools.combinations(sources, 2) if path in names)):
+        if user_path(whole).is_dir():
+            written = str({whole: 1.0})
+            return f'for the directory {whole} give --config.{key}="{written}"'
+    return f"make it with python -m herd_jax.tokenize --target {path}"
 
 
 def load_data_tokenizer(config: DataConfig, streams: Sequence[TokenStream]) -> Tokenizer:

@@ -19,6 +19,7 @@ from herd_jax.errors import UserError
 from herd_jax.files import whole_file
 
 HEADER = "stream.json"
+DTYPES = ("uint16", "uint32")
 FORMAT = "herd_jax token stream 1"
 SHARD_TOKENS = 2**30  # a shard takes no more documents after this many tokens: few files, at most some GiB each
 SAMPLED_SHARDS, SAMPLED_BYTES, SAMPLED_BLOCK = 32, 2**20, 2**16  # that a fingerprint reads: shards, bytes of a file, bytes in a row
@@ -203,4 +204,13 @@ def _read_header(path: Path) -> dict:
         raise UserError(f"{file} is damaged: {remedy}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{file} does not describe a token stream of this version: {remedy}")
+    counts = [header.get("vocab_size"), header.get("num_bytes"), *_list(header, "shard_tokens"), *_list(header, "shard_documents")]
+    texts = [header.get("dtype"), header.get("tokenizer"), header.get("tokenizer_fingerprint")]
+    if not all(type(count) is int for count in counts) or not all(isinstance(text, str) for text in texts) or texts[0] not in DTYPES:
+        raise UserError(f"{file} is damaged (a field is missing or of another type): {remedy}")
     return header
+
+
+def _list(header: dict, name: str) -> list:
+    value = header.get(name)
+    return value if isinstance(value, list) else [None]

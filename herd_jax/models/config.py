@@ -4,6 +4,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
+from herd_jax.config import NOT_GIVEN, NotGiven
 from herd_jax.errors import UserError
 from herd_jax.mesh import fsdp_size
 from herd_jax.models.fp8 import Fp8Config
@@ -98,7 +99,7 @@ class ModelConfig:
     ffn_dim: int | None = None  # hidden dim of the feed-forward
     vocab_size: int | None = None  # rows of the embedding
     rope_theta: float | None = None  # base of RoPE's frequencies
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None | NotGiven = NOT_GIVEN  # none: no scaling
     norm_eps: float | None = None  # added to the mean square in RMSNorm
     tie_embeddings: bool | None = None  # whether the output matrix is the embedding's
     init_std: float | None = None  # standard deviation of first weights; those that write to the residual stream have it over sqrt(2 L)
@@ -107,7 +108,7 @@ class ModelConfig:
         """Returns the dimensions of the named model with the overrides. Raises UserError for an unknown name or impossible dimensions."""
         if self.name not in MODELS:
             raise UserError(f"model.name '{self.name}' is not known: choose one of {', '.join(MODELS)}, and override its dimensions if need be")
-        overrides = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}
-        if self.rope_scaling is not None:
+        overrides = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "rope_scaling") and value is not None}
+        if self.rope_scaling is not NOT_GIVEN:
             overrides["rope_scaling"] = self.rope_scaling
         return dataclasses.replace(MODELS[self.name], **overrides)

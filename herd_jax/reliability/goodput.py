@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import json
 import math
-import time
 from pathlib import Path
 
 import jax
@@ -83,7 +82,7 @@ class GoodputSoFar:
         if jax.process_index() != 0:
             return None
         stepped = self._timeline.stepped_seconds() - self._stepped_before
-        return (self._productive + stepped) / max(time.time() - self._birth, 1e-9)
+        return (self._productive + stepped) / max(self._timeline.now() - self._birth, 1e-9)
 
 
 def read_goodput(workdir: str | Path, continued_at: float = math.inf) -> Goodput:
@@ -166,9 +165,10 @@ def _redone_from(lines: list[dict], continued_at: float) -> list[float]:
 
 
 def _parse(text: str) -> dict | None:
-    """Returns the line; None for one that a crash tore."""
+    """Returns the line; None for one that a crash tore, or that is none of ours."""
     try:
         line = json.loads(text)
-        return line if {"time", "seconds", "from", "to"} <= line.keys() else None
-    except (ValueError, AttributeError):
+        numbers = [line["time"], line["from"], line["to"], line.get("start", 0.0), *line["seconds"].values()]
+        return line if all(type(number) in (int, float) for number in numbers) else None
+    except (ValueError, AttributeError, KeyError, TypeError):
         return None

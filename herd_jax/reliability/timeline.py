@@ -51,11 +51,16 @@ class Timeline:
         self.num_moves = 0  # signs of life; the watchdog sees whether there are new ones
         self._path, self._file = workdir / TIMELINE, None
         self.birth = self._start = self._written = start
+        self._wall, self._monotonic = time.time(), time.monotonic()
         self._line: dict = {"start": start} if begins else {}
         self._seconds: dict[str, float] = {}
         self._stepped = 0.0  # seconds of steps, since it was made
         self._first_step = 0
         self._lock = threading.Lock()  # the watchdog writes the last line of a process that hangs
+
+    def now(self) -> float:
+        """Returns the seconds since the epoch, by a clock that nobody sets while the process lives: what was set forward was not worked."""
+        return self._wall + time.monotonic() - self._monotonic
 
     def begin(self, step: int) -> None:
         """Notes that the run continues after `step` steps: those counted further are done again, and what they took is lost.
@@ -97,7 +102,7 @@ class Timeline:
 
     def stepped_seconds(self) -> float:
         """Returns the seconds spent on steps since the timeline was made, also on the one under way."""
-        return self._stepped + (time.time() - self._start if self.activity == "step" else 0.0)
+        return self._stepped + (self.now() - self._start if self.activity == "step" else 0.0)
 
     def flush(self) -> None:
         """Writes a line of what has not been written."""
@@ -118,7 +123,7 @@ class Timeline:
             self._file = None
 
     def _end_span(self) -> float:
-        now = time.time()
+        now = self.now()
         seconds = max(now - self._start, 0.0)
         self.spans.append(Span(self.activity, self.step, self._start, seconds))
         self._seconds[self.activity] = self._seconds.get(self.activity, 0.0) + seconds

@@ -29,6 +29,7 @@ class StreamData:
         self._batches = TrainingBatches(config.data, streams, self.ramp, config.seed, config.train.num_steps, steps.batch_sharding)
         self.tokenizer = load_data_tokenizer(config.data, streams)
         self._validation = Validation(config, steps, held_out, self.tokenizer)
+        self._validation.check(self.ramp.phases)
 
     def iterate(self, first_step: int) -> Iterator[HostBatch]:
         return self._batches.iterate(first_step)

@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import jax
 
 from herd_jax.config import differences, parse, to_dict
+from herd_jax.data.ramp import Ramp
 from herd_jax.errors import UserError
 from herd_jax.files import user_path
 from herd_jax.reliability.appender import Appender
 from herd_jax.reliability.workdir import HISTORY
 from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
-from herd_jax.training.config import RunConfig, TrainConfig
+from herd_jax.training.config import RunConfig
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 
@@ -64,35 +65,42 @@ class Change:
 
 def parse_saved(config: dict) -> RunConfig:
     """Returns the config that a checkpoint keeps, without fields that exist no longer; newer fields have their defaults."""
-    kept = {name: value for name, value in config.get("train", {}).items() if name not in GONE}
-    return parse(RunConfig, {**config, "train": kept})
+    given = lambda section: {name: value for name, value in section.items() if (name, value) != ("rope_scaling", None)}  # see config.NotGiven
+    train = {name: value for name, value in config.get("train", {}).items() if name not in GONE}
+    train |= {"stages": [given(stage) for stage in train.get("stages", ())]}
+    return parse(RunConfig, {**config, "model": given(config.get("model", {})), "train": train})
 
 
 def changes(record: dict, config: RunConfig, identities: Identities) -> list[Change]:
     """Returns in what `config` contradicts that of the run whose checkpoint has `record`; `identities` are those of now."""
-    saved, tokens = to_dict(parse_saved(record["config"])), record["position"]["tokens"]
-    now, known = to_dict(config), record["position"].get("identities")
-    num_steps = parse(TrainConfig, now["train"]).ramp.step_at(tokens)
+    saved, position = parse_saved(record["config"]), record["position"]
+    known = position.get("identities")
+    before = _settled(saved, position["tokens"], config.train.ramp, known)
+    now = _settled(config, position["tokens"], config.train.ramp, known and identities)
+    names = [name for name in differences(before, now) if any(name == key or name.startswith(key + ".") for key in SETTLED)]
+    return [Change(name, _at(to_dict(saved), name), _at(to_dict(config), name)) for name in names]
 
-    def settled(config: dict, identities: Identities | None) -> dict:
-        """Returns the config without what has changed no result so far: numbers of micro-batches, later mixtures, annealing to come."""
-        identify = lambda kind, path: identities[kind][path] if identities and known else os.path.normpath(user_path(path)) if path else path
-        ramp = [{**phase, "num_micro_batches": 0} for phase in config["train"]["phases"]]
-        in_order = lambda sources: [[identify("data", path), weight] for path, weight in sources.items()]
-        mixtures = [[phase["from_tokens"], in_order(phase["sources"])] for phase in config["data"]["phases"] if phase["from_tokens"] < tokens]
-        data = {**config["data"], "sources": in_order(config["data"]["sources"]), "phases": mixtures}
-        if known:
-            data["tokenizer"] = ""  # the sources' fingerprints say it
-        no_annealing = {"anneal_from": 0, "anneal_steps": 0}
-        optimizer = no_annealing | config["optimizer"]
-        if not optimizer["anneal_steps"] or num_steps <= optimizer["anneal_from"]:
-            optimizer |= no_annealing
-        init_from = identify("init_from", config["init_from"]) if config["init_from"] else ""
-        return {**config, "train": {**config["train"], "phases": ramp}, "data": data, "optimizer": optimizer, "init_from": init_from}
 
-    differing = differences(settled(saved, known), settled(now, identities))
-    names = [name for name in differing if any(name == key or name.startswith(key + ".") for key in SETTLED)]
-    return [Change(name, _at(saved, name), _at(now, name)) for name in names]
+def _settled(config: RunConfig, tokens: int, ramp: Ramp, identities: Identities | None) -> dict:
+    """Returns the config as a dict, without what has changed no result so far: numbers of micro-batches, later mixtures, annealing to come.
+
+    Paths stand for what `identities` says they hold; where it says nothing (None), they are compared as they would be opened.
+    """
+
+    def identify(kind: str, path: str) -> str:
+        return identities[kind][path] if identities else os.path.normpath(user_path(path))
+
+    in_order = lambda sources: [[identify("data", path), weight] for path, weight in sources.items()]
+    mixtures = [[phase.from_tokens, in_order(phase.sources)] for phase in config.data.phases if phase.from_tokens < tokens]
+    tokenizer = "" if identities else config.data.tokenizer  # the sources' fingerprints say it
+    found = to_dict(config)
+    found["model"] = to_dict(config.model.resolve())
+    found["init_from"] = config.init_from and identify("init_from", config.init_from)
+    found["data"] |= {"sources": in_order(config.data.sources), "phases": mixtures, "tokenizer": tokenizer}
+    found["train"]["phases"] = [{**phase, "num_micro_batches": 0} for phase in found["train"]["phases"]]
+    if not config.optimizer.anneal_steps or ramp.step_at(tokens) <= config.optimizer.anneal_from:
+        found["optimizer"] |= {"anneal_from": 0, "anneal_steps": 0}
+    return found
 
 
 def _at(config: dict, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -12,6 +12,7 @@ from herd_jax.data.batches import validation_batches
 from herd_jax.data.ramp import Phase
 from herd_jax.data.rows import validation_rows
 from herd_jax.data.streams import TokenStream
+from herd_jax.errors import UserError
 from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.config import RunConfig
 from herd_jax.training.step import Steps
@@ -47,9 +48,17 @@ class Validation:
 
     def by_source(self, params: Any, phase: Phase, heed: Callable[[], None] = lambda: None) -> dict[str, HeldOutLoss]:
         """Returns the loss of each source that has rows among the `eval.num_batches` batches of `phase`, by name. Calls `heed` after each batch."""
-        num_rows = self._config.eval.num_batches * phase.global_batch_size
-        sources = validation_rows(self._streams, phase.seq_len, num_rows, self._config.data.document_mask)
-        return {name: self._loss(params, phase, name, rows, heed) for name, rows in zip(self.names, sources, strict=True) if len(rows)}
+        return {name: self._loss(params, phase, name, rows, heed) for name, rows in self._rows(phase).items()}
+
+    def check(self, phases: Iterable[Phase]) -> None:
+        """Raises UserError, before a run begins, where an evaluation in one of its phases would have nothing to measure."""
+        for phase in phases:
+            for name, rows in self._rows(phase).items():
+                if not self._bytes(phase, name, rows):
+                    raise UserError(
+                        f"the {len(rows)} held-out rows of {name} that an evaluation takes have no text to predict: raise eval.num_batches, or "
+                        "make the source from more text"
+                    )
 
     def metrics(self, params: Any, phase: Phase, heed: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Returns `val_loss` (nats per token) and `val_bits_per_byte` over all rows; where there are several sources, also
@@ -62,15 +71,24 @@ class Validation:
         return values
 
     def _loss(self, params: Any, phase: Phase, name: str, rows: Sequence, heed: Callable[[], None]) -> HeldOutLoss:
-        if (phase, name) not in self._num_bytes:
-            self._num_bytes[phase, name] = sum(int(self._bytes_of_id[row["targets"][row["loss_mask"]]].sum()) for row in rows)
         sharding = self._steps.batch_sharding
         found = []
         for batch in validation_batches(rows, phase, sharding):
             found.append(self._steps.evaluate(params, batch.to_devices(sharding)))
             heed()
         nats, num_targets = (float(np.sum([float(sums[key]) for sums in found])) for key in ("loss", "count"))
-        return HeldOutLoss(nats, num_targets, self._num_bytes[phase, name])
+        return HeldOutLoss(nats, num_targets, self._bytes(phase, name, rows))
+
+    def _rows(self, phase: Phase) -> dict[str, Sequence]:
+        """Returns the rows of an evaluation, of each source that has some among them."""
+        num_rows = self._config.eval.num_batches * phase.global_batch_size
+        sources = validation_rows(self._streams, phase.seq_len, num_rows, self._config.data.document_mask)
+        return {name: rows for name, rows in zip(self.names, sources, strict=True) if len(rows)}
+
+    def _bytes(self, phase: Phase, name: str, rows: Sequence) -> int:
+        if (phase, name) not in self._num_bytes:
+            self._num_bytes[phase, name] = sum(int(self._bytes_of_id[row["targets"][row["loss_mask"]]].sum()) for row in rows)
+        return self._num_bytes[phase, name]
 
     @functools.cached_property
     def _bytes_of_id(self) -> np.ndarray:

@@ -1,6 +1,9 @@
 """Rows: nothing lost or doubled, masks against a plain oracle, purity in (seed, index), mixture frequencies, errors."""
 
+import json
 import pickle
+import re
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from herd_jax.config import parse
 from herd_jax.data.mixture import Mixture
 from herd_jax.data.rows import DataConfig, StreamRows, TrainingRows, check_vocabulary, load_data_tokenizer, open_streams, validation_rows
 from herd_jax.data.streams import StreamWriter, TokenStream
@@ -193,3 +197,56 @@ def test_the_tokenizer_beside_the_data_is_found_and_another_refused(tmp_path):
     other = [make_stream(tmp_path / "other", [5], fingerprint="other")]
     with pytest.raises(UserError, match="was not made with the tokenizer bytes"):
         load_data_tokenizer(DataConfig({source: 1.0}, tokenizer="bytes"), other)
+
+
+@pytest.mark.parametrize(("lengths", "document_mask", "has_targets"), [([1], True, False), ([1, 1, 1], True, False), ([1, 1, 1], False, True),
+                         ([1], False, False), ([1, 2], True, True)])  # fmt: skip
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_stream_without_a_token_to_predict(tmp_path, lengths, document_mask, has_targets, split):
+    make_stream(tmp_path / "s" / split, lengths)
+    config = DataConfig({str(tmp_path / "s"): 1.0}, document_mask=document_mask)
+    if has_targets:
+        open_streams(config, split)
+    else:
+        with pytest.raises(UserError, match="has no token to predict"):
+            open_streams(config, split)
+
+
+@pytest.mark.parametrize("name", ["run:2", "a,b", "a:1,b"])
+def test_directories_with_colons_and_commas(tmp_path, monkeypatch, name):
+    """What the command line reads otherwise is said how to write, and the remedy works."""
+    monkeypatch.chdir(tmp_path)
+    make_stream(tmp_path / name / "train", [4, 5])
+    try:
+        parse(DataConfig, {"sources": name}, "data")
+        with pytest.raises(UserError) as error:
+            open_streams(parse(DataConfig, {"sources": name}), "train")
+        written = re.search(r'for the directory (.*) give --config.data.sources="(.*)"', str(error.value))
+    except UserError:
+        pytest.fail("the config itself is readable")
+    if written:  # a weight inside a name cannot be told from another source's
+        assert written[1] == name
+        open_streams(parse(DataConfig, {"sources": written[2]}), "train")
+    else:
+        assert name == "a:1,b"
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path):
+    stream = make_stream(tmp_path / "a", [30, 40, 50])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert TokenStream(tmp_path / "b").fingerprint == stream.fingerprint
+    others = [make_stream(tmp_path / name, lengths, first) for name, lengths, first in (("c", [30, 41, 49], 1), ("d", [30, 40, 50], 2))]
+    assert len({stream.fingerprint, *(other.fingerprint for other in others)}) == 3
+    (tmp_path / "b" / "shard-00000.tokens").write_bytes((tmp_path / "d" / "shard-00000.tokens").read_bytes())  # in place, the header as it was
+    assert TokenStream(tmp_path / "b").fingerprint != stream.fingerprint
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard_tokens", 5), ("shard_tokens", ["5"]), ("dtype", "float32"), ("vocab_size", None),
+                         ("num_bytes", "9"), ("tokenizer", 1), ("shard_documents", {"0": 1}), ("tokenizer_fingerprint", [])])  # fmt: skip
+def test_a_header_of_other_types(tmp_path, field, value):
+    make_stream(tmp_path / "s", [5])
+    header = json.loads((tmp_path / "s" / "stream.json").read_text())
+    for damaged in ({**header, field: value}, {key: each for key, each in header.items() if key != field}):
+        (tmp_path / "s" / "stream.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="stream.json is damaged .*: make one with python -m herd_jax.tokenize"):
+            TokenStream(tmp_path / "s")

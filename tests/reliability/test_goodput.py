@@ -18,9 +18,13 @@ def clock(monkeypatch):
 
     class Clock:
         now = 1000.0
+        set_forward = 0.0  # seconds by which the wall clock was set
 
         def time(self):
-            return self.now
+            return self.now + self.set_forward
+
+        def monotonic(self):
+            return self.now - 500
 
     clock = Clock()
     monkeypatch.setattr(timeline, "time", clock)
@@ -45,6 +49,29 @@ def run(workdir, clock, first_step, num_steps, crashes=False):
     if not crashes:
         line.enter("checkpoint stall", first_step + num_steps)
         line.close()
+
+
+def test_a_clock_that_is_set_while_the_run_goes_on(tmp_path, clock):
+    line = Timeline(tmp_path, clock.now)
+    line.begin(0)
+    for step, jump in enumerate((0, 3600, 0, -7200)):
+        spend(line, clock, "step", 2, step)
+        clock.set_forward += jump
+    line.enter("evaluation", 4)
+    line.close()
+    assert read_goodput(tmp_path).seconds["productive"] == pytest.approx(8)
+    assert line.stepped_seconds() == pytest.approx(8)
+
+
+@pytest.mark.parametrize("line", ['{"time": "x", "seconds": {}, "from": 0, "to": 1}', '{"time": 1, "seconds": 5, "from": 0, "to": 1}', "[1]", "5",
+    '{"time": 1, "seconds": {"step": null}, "from": 0, "to": 1}', '{"time": 1, "seconds": {}, "from": [0], "to": 1}',
+    '{"time": 1, "seconds": {}, "from": 0, "to": true}', '{"start": "then", "time": 1, "seconds": {}, "from": 0, "to": 1}'])  # fmt: skip
+def test_lines_of_another_kind_are_left_out(line, tmp_path, clock):
+    run(tmp_path, clock, 0, 9)
+    expected = read_goodput(tmp_path)
+    with (tmp_path / TIMELINE).open("a") as file:
+        file.write(line + "\n")
+    assert read_goodput(tmp_path) == expected
 
 
 def test_one_start(tmp_path, clock):
@@ -107,7 +134,6 @@ def test_a_start_that_fails_before_it_has_a_state_is_downtime(tmp_path, clock):
 
 def test_what_metrics_say_while_it_goes_on(tmp_path, clock, monkeypatch):
     """After each begin, in a first start, at a rewind and after a crash, it is what the file will say once that is written."""
-    monkeypatch.setattr(goodput, "time", clock)
     begins = [(0, 6), (2, 9), (8, 12)]  # steps; the second is a rewind in the first start
     line = Timeline(tmp_path, clock.now)
     clock.now += 10

@@ -15,7 +15,7 @@ from herd_jax.models.params import Layout
 from herd_jax.training.config import RunConfig, check_batches
 from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.optimizer import learning_rate, make_optimizer
-from herd_jax.training.resume import contradictions
+from herd_jax.training.resume import changes
 from herd_jax.training.stages.stages import devices_of, stage_configs
 from herd_jax.training.state import State, StatePlan
 from herd_jax.training.step import Steps
@@ -56,7 +56,7 @@ def test_annealing_continues_the_run():
     tokens = run.train.ramp.tokens_before(start)
     assert [phase.from_tokens for phase in annealed.data.phases] == [tokens]
     assert sum(annealed.data.phases[0].sources.values()) == pytest.approx(1)
-    assert not contradictions(to_dict(run), to_dict(annealed), tokens)
+    assert not changes({"config": to_dict(run), "position": {"tokens": tokens}}, annealed, {})
 
 
 def test_six_stages_to_128k():

@@ -10,9 +10,13 @@ import tiny
 from herd_jax.data.batches import read_batch
 from herd_jax.data.ramp import Phase
 from herd_jax.data.rows import DataConfig, StreamRows, load_data_tokenizer, open_streams
+from herd_jax.data.streams import StreamWriter
 from herd_jax.data.tokenization import tokenize_files
+from herd_jax.errors import UserError
 from herd_jax.models.config import LlamaConfig
+from herd_jax.text.tokenizer import load_tokenizer
 from herd_jax.training.config import EvalConfig, RunConfig
+from herd_jax.training.task import Stopped
 from herd_jax.training.validation import HeldOutLoss, Validation, source_names
 
 MODEL = LlamaConfig(32, 2, 4, 2, 8, 48, vocab_size=259, rope_theta=1e4)
@@ -102,3 +106,28 @@ def test_names_and_totals():
     assert source_names(["a/web", "b/web", "code"]) == ["a/web", "b/web", "code"]
     total = HeldOutLoss.total([HeldOutLoss(2.0, 4.0, 3), HeldOutLoss(1.0, 2.0, 5)])
     assert total == HeldOutLoss(3.0, 6.0, 8) and total.nats_per_token == 0.5 and total.bits_per_byte == 3 / math.log(2) / 8
+
+
+def test_nothing_to_measure_is_found_before_the_run(tmp_path):
+    """One held-out document of special tokens only: tokens to predict, and no bytes of text in them."""
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(tmp_path / "s" / "tokenizer")
+    with StreamWriter(tmp_path / "s" / "validation", 259, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
+        writer.append(np.array([tokenizer.bos_id, tokenizer.eos_id]), np.array([2]), 0)
+    validation, _ = make([str(tmp_path / "s")], tiny.make_steps(config=MODEL))
+    with pytest.raises(UserError, match="the 1 held-out rows of s that an evaluation takes have no text to predict"):
+        validation.check([PHASE])
+
+
+def test_heed_is_called_between_batches(sources):
+    validation, _ = make(sources, tiny.make_steps(config=MODEL), num_batches=4)
+    calls = []
+
+    def heed():
+        calls.append(None)
+        if len(calls) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        validation.metrics(tiny.make_steps(config=MODEL).plan.init(0).params, PHASE, heed)
+    assert len(calls) == 2

@@ -112,6 +112,9 @@ class HarnessModel(TemplateLM):
                     f"a continuation is {len(continuation)} tokens long and the model's context holds {self.max_length}: "
                     "leave the task out, or evaluate a model of a longer context"
                 )
+            if not context:  # as TemplateLM.loglikelihood does it, which has seen the text and not the ids
+                begins = continuation[0] == self.prefix_token_id and len(continuation) > 1
+                context, continuation = (continuation[:1], continuation[1:]) if begins else ([self.prefix_token_id], continuation)
             whole = [*context, *continuation][-room:]
             self.num_cut += len(whole) < len(context) + len(continuation)
             fitting.append((whole[: len(whole) - len(continuation)], continuation))

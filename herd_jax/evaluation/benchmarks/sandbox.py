@@ -1,5 +1,6 @@
 """Runs a program that a model wrote, in a process that can do little: limits on time, memory and files, a directory of its own, and no
-network where the system lets a process cut itself off (Linux with user namespaces).
+network where the system lets a process cut itself off (Linux with user namespaces). It can read and write what its user can; of root, the
+limit on processes does not hold, and so tasks that run code refuse to run as root.
 
 It keeps a careless program from harm. A determined one needs a virtual machine.
 """

@@ -78,8 +78,12 @@ class ContinuationScorer:
     def score(self, params, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, Score]]:
         """Yields (index of the request, its score) as they are found, for requests (context, continuation) of one id or more each.
 
-        Raises UserError where a score is not finite.
+        Raises UserError where a score is not finite, and for a request that lacks one of the two: nothing would predict its first token.
         """
+        for i, (context, continuation) in enumerate(requests):
+            if not context or not continuation:
+                lacks = "context" if not context else "continuation"
+                raise UserError(f"request {i} has no {lacks}: give one of a token or more, such as the begin token for a context")
         num_rows = fsdp_size(self.layout.mesh)
         for beginning, members in families([tuple(context) for context, _ in requests]):
             prefix = self._beginning(params, beginning) if beginning else None

@@ -41,7 +41,7 @@ class CheckpointConfig:
     """How often a run is saved, and what is kept."""
 
     every_steps: int = 100  # steps between two checkpoints
-    keep: int = 3  # newest checkpoints kept; the one with the lowest validation loss is kept too
+    keep: int = 3  # newest checkpoints kept; so is the one with the lowest validation loss of those saved at a step that is evaluated too
     local_directory: str = ""  # on each host's own fast disk or memory (/dev/shm); empty: none
     local_every_steps: int = 10  # steps between two local checkpoints
 

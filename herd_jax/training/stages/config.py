@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from herd_jax.config import NOT_GIVEN, NotGiven
 from herd_jax.data.rows import DataConfig
 from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig
@@ -45,7 +46,7 @@ class StageConfig:
     global_batch_size: int = 0  # sequences a step; 0: as the run has it
     num_micro_batches: int = 0  # of each dp rank in a step; 0: as the run has it
     rope_theta: float | None = None  # none: as the run has it
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None | NotGiven = NOT_GIVEN  # none: no scaling; not given: as the run has it
     learning_rate: float | None = None  # reached after warmup_steps; none: the run's optimizer as it stands, from step 0
     final_learning_rate: float | None = None  # at the end of the stage, by a cosine; none: it stays; 0: linearly
     warmup_steps: int = 0  # steps of the stage in which the rate rises

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from herd_jax.config import to_dict
+from herd_jax.config import NOT_GIVEN, to_dict
 from herd_jax.errors import UserError
 from herd_jax.mesh import MeshConfig, make_mesh
+from herd_jax.models.config import ModelConfig
 from herd_jax.reliability.run_lock import only_run
 from herd_jax.reliability.signals import ending_at_once
 from herd_jax.reliability.timeline import Timeline
@@ -146,7 +147,6 @@ class _StageBefore:
 
 
 def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConfig:
-    chosen = lambda section, name: {} if getattr(section, name) in (None, 0) else {name: getattr(section, name)}
     batch = {name: getattr(stage, name) or getattr(config.train, name) for name in ("global_batch_size", "num_micro_batches")}
     phases = config.train.phases if number == 1 else ()
     train = dataclasses.replace(config.train, stages=(), seq_len=stage.seq_len, phases=phases, gate=stage.gate or config.train.gate, **batch)
@@ -167,13 +167,18 @@ def _stage_config(config: RunConfig, number: int, stage: StageConfig) -> RunConf
         workdir=str(config.directory / STAGES / stage_name(number, stage.seq_len)),
         seed=config.seed if number == 1 else int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),  # other batches
         init_from=config.init_from if number == 1 else "",
-        model=dataclasses.replace(config.model, **chosen(stage, "rope_theta"), **chosen(stage, "rope_scaling")),
+        model=_stage_model(config.model, stage),
         mesh=stage.mesh or config.mesh,
         pipeline=stage.pipeline or config.pipeline,
         data=stage.data or config.data,
         train=train,
         optimizer=optimizer,
     )
+
+
+def _stage_model(model: ModelConfig, stage: StageConfig) -> ModelConfig:
+    scaling = model.rope_scaling if stage.rope_scaling is NOT_GIVEN else stage.rope_scaling
+    return dataclasses.replace(model, rope_theta=stage.rope_theta or model.rope_theta, rope_scaling=scaling)
 
 
 def _check(stages: list[RunConfig], task: Task, gate: Gate) -> None:

@@ -243,7 +243,8 @@ def test_another_model_s_directory_is_refused(model, data, tmp_path):
         ("absent", None, "there is no task absent"),
     ],
 )
-def test_items_that_cannot_be_asked(tmp_path, task, record, message):
+def test_items_that_cannot_be_asked(tmp_path, task, record, message, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     if record:
         (tmp_path / f"{task}.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=message) as error:

