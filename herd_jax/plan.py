@@ -142,7 +142,7 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunks", type=int, help="stages of each rank (default: 1)")
-    parser.add_argument("--contiguous", type=int, help="micro-batches that a chunk runs in a row (default: as many as ranks)")
+    parser.add_argument("--contiguous", type=int, help="micro-batches that a chunk runs in a row (default: at least as many as ranks)")
     parser.add_argument("--overlap", action="store_true", default=None, help="messages travel during the tick that follows")
 
 

@@ -57,7 +57,7 @@ class PipelineConfig:
 
     schedule: str = "1f1b"  # gpipe | 1f1b | interleaved | zero_bubble
     num_chunks: int = 1  # stages on each rank; 2 or more with interleaved
-    contiguous_micro_batches: int = 0  # of one chunk in a row; 0: as many as ranks, twice as many with overlap
+    contiguous_micro_batches: int = 0  # of one chunk in a row; 0: at least as many as ranks, or twice as many with overlap
     overlap: bool = False  # messages have one tick to travel, and hide behind it
 
     def __post_init__(self):
@@ -86,8 +86,7 @@ class PipelineConfig:
         if num_ranks < 1 or num_micro_batches < 1:
             raise UserError(f"a pipeline of {num_ranks} ranks and {num_micro_batches} micro-batches cannot be: both must be 1 or more")
         latency = 2 if self.overlap else 1
-        contiguous = self.contiguous_micro_batches or latency * num_ranks
-        groups = _groups(num_micro_batches, contiguous)
+        groups = self._groups(num_micro_batches, latency * num_ranks)
         forwards, backwards = _forward_order(groups, self.num_chunks), _backward_order(groups, self.num_chunks)
         ahead = [_forwards_ahead(groups, rank, num_ranks, self.num_chunks, latency) for rank in range(num_ranks)]
         if self.schedule == "gpipe":
@@ -98,9 +97,23 @@ class PipelineConfig:
 
     def build_evaluation(self, num_ranks: int, num_micro_batches: int) -> Schedule:
         """Returns the schedule of an evaluation: forwards only, chunk by chunk as in the training step."""
-        groups = _groups(num_micro_batches, self.contiguous_micro_batches or num_ranks)
+        groups = self._groups(num_micro_batches, num_ranks)
         order = [(FORWARD, *item) for item in _forward_order(groups, self.num_chunks)]
         return _place([order] * num_ranks, num_ranks, self.num_chunks, num_micro_batches, latency=1)
+
+
+    def _groups(self, num_micro_batches: int, least: int) -> list[range]:
+        """Returns the micro-batches that a chunk runs in a row, in groups as equal as they can be.
+
+        They are as few groups of at most `contiguous_micro_batches` as there can be. Where that is left open, they are as many groups of at
+        least `least` as there can be: in a smaller one, ranks would wait for the micro-batches that are under way.
+        """
+        if self.contiguous_micro_batches:
+            count = -(-num_micro_batches // self.contiguous_micro_batches)
+        else:
+            count = max(1, num_micro_batches // least)
+        edges = [num_micro_batches * i // count for i in range(count + 1)]
+        return [range(start, stop) for start, stop in zip(edges[:-1], edges[1:])]
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -118,13 +131,6 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
         count[stage] += 1
     starts = np.concatenate([[0], np.cumsum(count)])
     return [range(start, stop) for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist())]
-
-
-def _groups(num_micro_batches: int, contiguous: int) -> list[range]:
-    """Returns the micro-batches that a chunk runs in a row: as few groups of at most `contiguous` as there can be, as equal as they can be."""
-    count = -(-num_micro_batches // contiguous)
-    edges = [num_micro_batches * i // count for i in range(count + 1)]
-    return [range(start, stop) for start, stop in zip(edges[:-1], edges[1:])]
 
 
 def _forward_order(groups: list[range], num_chunks: int) -> list[tuple[int, int]]:

@@ -120,18 +120,19 @@ def test_everything_once_and_after_what_it_needs(case):
 @given(cases(), st.integers(0, 7))
 @settings(max_examples=150, deadline=None)
 def test_micro_batches_of_a_chunk_run_in_equal_rows(case, rank):
-    """At most N in a row, in as few and as equal rows as there can be; a row's chunks upward in the forward, downward in the backward."""
+    """At most N in a row, in as few and as equal rows as there can be, or, of no N, as many as the ranks need to be busy; a row's chunks upward in
+    the forward, downward in the backward."""
     config, num_ranks, num_micro_batches = case
     assume(config.num_chunks > 1 and rank < num_ranks)
     schedule = config.build(num_ranks, num_micro_batches)
-    contiguous = config.contiguous_micro_batches or num_ranks * (2 if config.overlap else 1)
+    contiguous, needed = config.contiguous_micro_batches, num_ranks * (2 if config.overlap else 1)
     backward = BACKWARD_INPUT if config.schedule == "zero_bubble" else BACKWARD_UPPER
     for operation, chunks in ((FORWARD, range(config.num_chunks)), (backward, reversed(range(config.num_chunks)))):
         runs = contiguous_runs(schedule, rank, operation)
         sizes = [len(micro_batches) for _, micro_batches in runs]
-        num_rows = -(-num_micro_batches // contiguous)
+        num_rows = -(-num_micro_batches // contiguous) if contiguous else max(1, num_micro_batches // needed)
         assert [chunk for chunk, _ in runs] == list(chunks) * num_rows
-        assert max(sizes) <= contiguous and max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= (contiguous or num_micro_batches) and max(sizes) - min(sizes) <= 1
         rows = [micro_batches for _, micro_batches in runs[:: config.num_chunks]]
         assert sum(rows, []) == list(range(num_micro_batches))
         assert [micro_batches for _, micro_batches in runs] == [row for row in rows for _ in range(config.num_chunks)]
@@ -163,12 +164,13 @@ def test_bubble_of_one_chunk(num_ranks, num_micro_batches):
     assert bubble["zero_bubble"] <= bubble["1f1b"]
 
 
-@given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
-def test_bubble_of_chunks(num_ranks, num_chunks, num_rows):
-    num_micro_batches = num_rows * num_ranks
+@given(st.integers(2, 8), st.integers(2, 4), st.integers(0, 25))
+@settings(max_examples=80, deadline=None)
+def test_bubble_of_chunks(num_ranks, num_chunks, more):
+    """The README's formula, also where ranks and micro-batches do not divide each other."""
+    num_micro_batches = num_ranks + more
     for name, thirds in (("interleaved", 3), ("zero_bubble", 1)):
-        schedule = PipelineConfig(name, num_chunks, contiguous_micro_batches=num_ranks).build(num_ranks, num_micro_batches)
+        schedule = PipelineConfig(name, num_chunks).build(num_ranks, num_micro_batches)
         assert schedule.bubble_fraction == pytest.approx((num_ranks - 1) * thirds / (3 * num_chunks * num_micro_batches))
 
 
