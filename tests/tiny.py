@@ -1,6 +1,7 @@
 """A tiny model on any mesh, random packed batches for it, and a plain forward to differentiate: the oracle of the parallel steps."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,25 @@ def loss_and_gradient(steps: Steps, rows, num_micro_batches: int, seed: int = 0)
     return float(loss), jax.tree.map(np.asarray, canonical)
 
 
+def one_device_row_by_row(rows, config: LlamaConfig = CONFIG):
+    """Does what `loss_and_gradient` of one device does, for any number of rows with one program: each row on its own, weighted by its targets."""
+    steps = _one_device(config)
+    state, counts = steps.plan.init(0), rows["loss_mask"].sum(axis=1)
+    total, gradients = 0.0, jax.tree.map(lambda leaf: np.zeros(leaf.shape), state.params)
+    for row, count in enumerate(counts):
+        alone = {field: array[row : row + 1] for field, array in rows.items()}
+        loss, gradient = steps.gradient(state.params, to_batch(steps, alone, 1))
+        total += float(loss) * count
+        gradients = jax.tree.map(lambda so_far, of_row: so_far + np.asarray(of_row) * count, gradients, gradient)
+    mean = jax.tree.map(lambda leaf: jnp.float32(leaf / counts.sum()), gradients)
+    return total / counts.sum(), jax.tree.map(np.asarray, steps.plan.to_canonical(State(state.step, mean, state.optimizer)).params)
+
+
+@functools.cache
+def _one_device(config: LlamaConfig) -> Steps:
+    return make_steps(config=config)
+
+
 def canonical_params(steps: Steps, seed: int = 0):
     return jax.tree.map(np.asarray, steps.plan.to_canonical(steps.plan.init(seed)).params)
 
@@ -112,6 +132,12 @@ def plain_loss(params, rows, config: LlamaConfig = CONFIG) -> jax.Array:
     logits = plain_logits(params, rows, config)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), rows["targets"][..., None], -1)[..., 0]
     return jnp.where(rows["loss_mask"], losses, 0).sum() / rows["loss_mask"].sum()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def plain_loss_and_gradient(params, rows, config: LlamaConfig = CONFIG):
+    """Returns `plain_loss` and its gradient by autodiff, in one program."""
+    return jax.value_and_grad(plain_loss)(params, rows, config)
 
 
 def tied(config: LlamaConfig = CONFIG) -> LlamaConfig:

@@ -65,7 +65,7 @@ class InitialWeights:
 
 def _checkpoint_of_step(path: str) -> Path:
     """Returns the path of the checkpoint that WORKDIR@STEP means; a path that exists is taken as it is."""
-    at_step = re.fullmatch(r"(.+)@(\d+)", path)
+    at_step = re.fullmatch(r"(.+)@(\d+)", str(path))
     if user_path(path).exists() or not at_step:
         return user_path(path)
     checkpoint = user_path(at_step[1]) / CHECKPOINTS / at_step[2]

@@ -23,15 +23,15 @@ from herd_jax.parallel.stage import LayerVjp
 from herd_jax.planning.job import Job
 
 FP32 = 4
-UPDATE_COPIES = 3  # of the gradient, while AdamW runs: itself, clipped, and the update
 
 
 def estimate(job: Job) -> dict[str, float]:
     """Returns the bytes of the fullest device by kind, and their "total", at the moment of the step that needs most.
 
     parameters and optimizer: FP32 shards; gathered_weights: in the compute dtype; gradients: FP32 sums over micro-batches; activations: residuals
-    and kept cotangents of the micro-batches in flight; logits: the head's chunk and its gradients; buffers: messages, the batch, and what a
-    layer needs beyond the logits' memory, which both use in turn; update: what the optimizer needs beyond the memory that is free again by then.
+    and kept cotangents of the micro-batches in flight; logits: what the head computes with, a chunk at a time, and its gradients; buffers: messages, the batch, and what a
+    layer needs beyond the logits' memory, which both use in turn; update: the sharded sums of the gradients, where they are reduced once a step
+    (AdamW itself works in place).
     """
     dtype = "float32" if job.hardware.value_bytes == FP32 else "bfloat16"
     itemsize = jnp.dtype(dtype).itemsize
@@ -48,7 +48,9 @@ def estimate(job: Job) -> dict[str, float]:
     copies = itemsize < FP32 or job.dp * job.cp > 1  # else the stored weights are computed with as they are
     tokens = job.micro_batch_size * job.seq_len // job.cp
     columns = math.ceil(job.model.vocab_size / job.tp)
-    logits = min(tokens, CHUNK_TOKENS) * columns * (2 * FP32 + itemsize) + 2 * FP32 * job.model.dim * columns
+    gradients_of_head = 2 if tokens > CHUNK_TOKENS else 1  # of the chunk, and of the chunks so far
+    logits = min(tokens, CHUNK_TOKENS) * columns * (2 * FP32 + itemsize) + gradients_of_head * FP32 * job.model.dim * columns
+    logits += 2 * FP32 * tokens * job.model.dim  # the hidden states, whole over tp, and their gradient
     passing = {
         "gathered_weights": itemsize * (whole if job.gather == "step" else one_layer + ends) * copies,
         "gradients": FP32 * (whole if job.gather == "step" else sharded + one_layer),
@@ -57,7 +59,7 @@ def estimate(job: Job) -> dict[str, float]:
         "logits": logits,
         "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, operation.temporaries - logits),
     }
-    update = max(0, UPDATE_COPIES * FP32 * sharded - sum(passing.values()))
+    update = FP32 * sharded * (job.gather == "step" and job.dp * job.cp > 1)
     memory = {"parameters": FP32 * sharded, "optimizer": 2 * FP32 * sharded, **passing, "update": update}
     return memory | {"total": sum(memory.values())}
 

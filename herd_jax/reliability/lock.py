@@ -34,8 +34,8 @@ def only_writer(directory: Path, name: str = NAME) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = _take(path)
     except OSError as error:
-        cannot = f"{directory} cannot be made, or not be written to" if is_new else f"{path} cannot be written"
-        raise UserError(f"{cannot} ({error.strerror}): see that there is room and that its directory may be written to") from error
+        cannot = f"{directory} cannot be made: " if is_new else ""
+        raise UserError(f"{cannot}cannot write {path} ({error.strerror}): see that there is room and that it may be written") from error
     with file:
         try:
             yield

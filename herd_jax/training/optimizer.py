@@ -76,24 +76,42 @@ def learning_rate(config: OptimizerConfig, np=jnp) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, declared) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW, whose `update` is given the `learning_rate` of the step. Gradients are clipped before, by `clip`.
+    """Returns AdamW, whose `update` is given the `learning_rate` of the step and whether the step is `good`: else nothing changes.
 
     Optax's own schedule would count the updates; steps that are left out (`train.on_spike`) move the run's clock and not that count.
+    Gradients are clipped before, by `clip`.
     """
     decays = map_declarations(lambda declaration: declaration.decays, declared)
     return optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        _scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decays),
         _scale_by_learning_rate(),
     )
 
 
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Does what `optax.scale_by_adam` does, whose state it has, in the memory of the moments: behind the barrier the update is computed from the
+    new ones. Else XLA computes them twice, and keeps copies of the old ones for the second time."""
+
+    def update(gradients, state, params=None, *, good=True, **others):
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        mu = keep(optax.tree.update_moment(gradients, state.mu, b1, 1), state.mu)
+        nu = keep(optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2), state.nu)
+        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        count = keep(state.count + 1, state.count)
+        corrected = (optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count))
+        updates = jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + eps), *corrected)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     """Its state, which nothing reads, is that of `optax.adamw` with a schedule: earlier checkpoints have it."""
 
-    def update(updates, state, params=None, *, learning_rate, **others):
+    def update(updates, state, params=None, *, learning_rate, good=True, **others):
         scaled = jax.tree.map(lambda u: jnp.asarray(-learning_rate, u.dtype) * u, updates)
-        return scaled, optax.ScaleByScheduleState(state.count + 1)
+        return scaled, optax.ScaleByScheduleState(state.count + jnp.asarray(good, jnp.int32))
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 

@@ -98,13 +98,12 @@ class Steps:
         norm = global_norm(gradients, self.plan.specs.params, self.layout.mesh)
         rate = learning_rate(self.optimizer)(state.step + 1)  # so the first step already has one above 0
         clipped = clip(gradients, norm, self.optimizer.clip_norm)
-        updates, optimizer = self.plan.optimizer.update(clipped, state.optimizer, state.params, learning_rate=rate)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         good = finite & jnp.all(jnp.stack([loss, norm]) <= limits)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        updates, optimizer = self.plan.optimizer.update(clipped, state.optimizer, state.params, learning_rate=rate, good=good)
         params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
         metrics = means | {"grad_norm": norm, "learning_rate": rate, "finite": finite}
-        return State(state.step + 1, params, keep(optimizer, state.optimizer)), metrics
+        return State(state.step + 1, params, optimizer), metrics
 
     def _gradient(self, params, batch: dict):
         means, gradients = self._mean_gradient(params, batch)

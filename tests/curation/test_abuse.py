@@ -123,7 +123,7 @@ def test_what_is_missing_is_said_before_anything_is_done(texts, tmp_path, settin
 
 def test_a_workdir_that_is_none(texts, tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(UserError, match="file cannot be made, or not be written to \\(File exists\\): see that"):
+    with pytest.raises(UserError, match="file cannot be made: cannot write .* \\(File exists\\): see that"):
         curate(configured(texts, tmp_path / "file"))
 
 
@@ -180,34 +180,31 @@ def test_two_runs_at_once_are_refused(texts, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def start(texts: Path, workdir: Path) -> tuple[subprocess.Popen, list[int]]:
-    """A run with two workers, in its own processes, and those; the workers are stopped when the first task is done."""
+def start(texts: Path, workdir: Path) -> subprocess.Popen:
+    """A run with two workers, in its own processes, until its first task is done."""
     config = workdir.with_suffix(".py")
     config.write_text(f"def get_config():\n    return {SETTINGS | {'workers': 2}}\n")
     command = [sys.executable, "-m", "herd_jax.curate", "--config", str(config), f"--config.workdir={workdir}", f"--config.input={texts}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     done = workdir / "phases" / "read" / "completions"
     while not (done.exists() and any(done.iterdir())) and process.poll() is None:
-        time.sleep(0.001)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)  # else a fast machine may be done before the test has gone on
-    return process, workers
+        time.sleep(0.02)
+    return process
 
 
 def test_an_interrupt_and_a_killed_worker_are_one_sentence_and_the_run_continues(texts, undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    process, _ = start(texts, workdir)
+    process = start(texts, workdir)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and said.endswith("interrupted: the same command continues\n") and "Traceback" not in said
     curate(configured(texts, workdir))
     assert results(workdir) == results(undisturbed)
     workdir = tmp_path / "other"
-    process, workers = start(texts, workdir)
+    process = start(texts, workdir)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [pid for pid in workers if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[0], signal.SIGKILL)
-    os.kill(workers[1], signal.SIGCONT)
     _, said = process.communicate()
     assert process.returncode == 1 and "was killed, most likely for want of memory: the same command with fewer" in said.splitlines()[-1]
     curate(configured(texts, workdir))

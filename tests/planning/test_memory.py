@@ -50,7 +50,30 @@ def allocated(job: Job) -> int:
 @pytest.mark.parametrize("mesh, pipeline, remat, gather", MESHES)
 def test_total_is_what_is_allocated(model, seq_len, mesh, pipeline, remat, gather):
     planned = job(model, mesh, pipeline, remat, gather, seq_len)
-    assert memory.estimate(planned)["total"] == pytest.approx(allocated(planned), rel=0.1)
+    assert 0.92 < memory.estimate(planned)["total"] / allocated(planned) < 1.12
+
+
+REAL = [  # (model, mesh, pipeline, remat, gather, seq_len)
+    ("llama3.2-1b", (8, 1, 1, 1), PipelineConfig(), "none", "step", 8192),
+    ("llama3-8b", (1, 1, 1, 8), PipelineConfig(), "none", "step", 2048),
+    ("llama3-8b", (2, 2, 1, 2), PipelineConfig(), "attention", "step", 2048),
+    ("llama3.2-1b", (1, 1, 1, 1), PipelineConfig(), "layer", "step", 2048),
+    ("llama3.2-1b", (2, 2, 2, 1), PipelineConfig(), "none", "step", 2048),
+    ("llama3.2-3b", (2, 1, 2, 2), PipelineConfig("zero_bubble", 2), "none", "step", 2048),
+    ("llama3.2-3b", (4, 1, 1, 2), PipelineConfig(), "layer", "step", 8192),
+    ("llama3-8b", (8, 1, 1, 1), PipelineConfig(), "none", "step", 2048),
+    ("llama3-8b", (1, 4, 1, 2), PipelineConfig(), "layer", "layer", 2048),
+    ("llama3-8b", (2, 1, 4, 1), PipelineConfig("interleaved", 2), "none", "step", 2048),
+    ("llama3-8b", (1, 1, 8, 1), PipelineConfig(), "none", "step", 8192),
+    ("llama3-70b", (2, 1, 1, 4), PipelineConfig(), "none", "layer", 8192),
+]
+
+
+@pytest.mark.parametrize("model, mesh, pipeline, remat, gather, seq_len", [*REAL[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in REAL[3:])])
+def test_total_of_real_models(model, mesh, pipeline, remat, gather, seq_len):
+    """Compiled only: no array is made. What fits by the plan fits."""
+    planned = job(model, mesh, pipeline, remat, gather, seq_len, batch_per_dp=4)
+    assert 0.98 < memory.estimate(planned)["total"] / allocated(planned) < 1.05
 
 
 def test_kinds_add_up_and_are_what_the_declarations_say():

@@ -6,7 +6,7 @@ import pytest
 
 import herd_jax.goodput
 from herd_jax.errors import UserError
-from herd_jax.reliability import goodput, timeline
+from herd_jax.reliability import timeline
 from herd_jax.reliability.goodput import CAUSES, GoodputSoFar, draw, furthest_step, read_goodput
 from herd_jax.reliability.timeline import Timeline
 from herd_jax.reliability.workdir import TIMELINE

@@ -28,7 +28,7 @@ def oracle(request, rows):
     """(config, loss, gradient) of the plain forward."""
     config = tiny.tied() if request.param else tiny.CONFIG
     params = tiny.canonical_params(tiny.make_steps(config=config))
-    loss, gradient = jax.value_and_grad(tiny.plain_loss)(params, rows, config)
+    loss, gradient = tiny.plain_loss_and_gradient(params, rows, config)
     return config, float(loss), jax.tree.map(np.asarray, gradient)
 
 
@@ -44,7 +44,7 @@ def test_one_device_against_plain_forward(oracle, rows, gather, remat):
 
 @pytest.fixture(scope="module")
 def one_device(rows):
-    return tiny.loss_and_gradient(tiny.make_steps(), rows, 1)
+    return tiny.one_device_row_by_row(rows)
 
 
 @pytest.mark.parametrize("mesh", [slow_unless(mesh in TYPICAL, mesh) for mesh in MESHES], ids=name)
@@ -66,7 +66,7 @@ def test_gather_and_remat_on_meshes(mesh, gather, remat, rows, one_device):
 
 
 def test_tied_embeddings_on_a_mesh(rows):
-    expected = tiny.loss_and_gradient(tiny.make_steps(config=tiny.tied()), rows, 1)
+    expected = tiny.one_device_row_by_row(rows, tiny.tied())
     loss, gradient = tiny.loss_and_gradient(tiny.make_steps(2, 1, 2, 2, config=tiny.tied()), rows, 4)
     assert loss == pytest.approx(expected[0], rel=1e-5)
     tiny.assert_close(gradient, expected[1])
@@ -102,7 +102,7 @@ def test_every_schedule_against_one_device(mesh, num_micro_batches, schedule, op
     """Packed documents, tied embeddings, 5 layers: on most of these pipelines some stages have fewer layers than others, or none."""
     config = tiny.tied()
     rows = tiny.make_rows(seed=1, num_rows=num_micro_batches * mesh[3])
-    expected = tiny.loss_and_gradient(tiny.make_steps(config=config), rows, 1)
+    expected = tiny.one_device_row_by_row(rows, config)
     steps = tiny.make_steps(*mesh, config=config, pipeline=schedule, **options)
     loss, gradient = tiny.loss_and_gradient(steps, rows, num_micro_batches)
     assert loss == pytest.approx(expected[0], rel=1e-5)
@@ -122,7 +122,7 @@ def test_packed_documents_are_as_if_alone(rows):
                 alone[field].append(np.pad(array[r, where], (0, tiny.SEQ_LEN - len(where))))
     alone = {field: np.stack(arrays) for field, arrays in alone.items()}
     assert len(alone["tokens"]) > 4
-    expected = tiny.loss_and_gradient(tiny.make_steps(), alone, 1)
+    expected = tiny.one_device_row_by_row(alone)
     for mesh in ((1, 1, 1, 1), (1, 4, 1, 1)):
         loss, gradient = tiny.loss_and_gradient(tiny.make_steps(*mesh, attention="blockwise"), packed, 1)
         assert loss == pytest.approx(expected[0], rel=1e-5)
