@@ -5,6 +5,7 @@
     python -m herd_jax.plan --model llama3-405b --gpus 16384 --global-batch-tokens 16M --search             the fastest layouts
     python -m herd_jax.plan schedule --pp 4 --micro-batches 10 --chunks 2 --contiguous 5                    a pipeline schedule
     python -m herd_jax.plan goodput --gpus 16384 --days 54                                                  failures and checkpoints
+    python -m herd_jax.plan validate                                                                        predictions and published runs
 """
 
 import argparse
@@ -22,7 +23,7 @@ from herd_jax.models.config import ModelConfig
 from herd_jax.models.llama import REMAT
 from herd_jax.parallel.data import GATHER
 from herd_jax.parallel.schedule import SCHEDULES, PipelineConfig
-from herd_jax.planning import drawing, goodput, memory, report
+from herd_jax.planning import drawing, goodput, memory, report, validation
 from herd_jax.planning.job import Job, parse_tokens
 from herd_jax.planning.run_phases import run_phases
 from herd_jax.planning.search import search
@@ -31,7 +32,7 @@ from herd_jax.training.config import RunConfig
 
 @command_line
 def main(argv: list[str]) -> None:
-    commands = {"schedule": plan_schedule, "goodput": plan_goodput}
+    commands = {"schedule": plan_schedule, "goodput": plan_goodput, "validate": plan_validate}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -132,6 +133,13 @@ def plan_goodput(argv: list[str]) -> None:
         goodput.draw(simulated, args.plot)
 
 
+def plan_validate(argv: list[str]) -> None:
+    parser = make_parser("validate", "Compares what is predicted with the speed of runs that others have published.")
+    args = parser.parse_args(argv)
+    found = [validation.compare(run) for run in validation.RUNS]
+    show(args, validation.lines(found), validation.to_dicts(found))
+
+
 def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m herd_jax.plan {command}".rstrip(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,7 +162,7 @@ def pipeline_flags(args) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def show(args, lines: list[str], values: dict) -> None:
+def show(args, lines: list[str], values: dict | list) -> None:
     print(json.dumps(values) if args.json else "\n".join(lines))
 
 
