@@ -3,7 +3,8 @@
     python benchmarks/train_step.py                                              # 2 CPU cores: llama-20m, FP32
     python benchmarks/train_step.py --model llama3.2-1b --batch 2 --seq-len 8192 --dtype bfloat16 --attention tokamax   # a GPU
 
-Two processes, one each, are built and compiled first; then they take turns of a few steps, so that both meet the same machine. Both hold FP32 weights
+Two processes, one each, are built and compiled first; then they take turns of a few steps, so that both meet the same machine, and then single
+steps that strictly alternate, where each finds the caches and the memory as the other left them. Both hold FP32 weights
 and optimizer state, clip by the global norm, and compute in --dtype (torch: autocast). Ours packs --documents documents a row and masks
 them; the peer is given plain causal attention, which is the same work where --documents is 1. The peer's python may be another one
 (--peer-python) with torch and transformers in it.
@@ -47,14 +48,14 @@ def main():
         for side, python in pythons.items()
     }
     about = {side: json.loads(process.stdout.readline()) for side, process in sides.items()}
-    seconds = {side: [] for side in sides}
+    seconds, alternating = ({side: [] for side in sides} for _ in range(2))
     for _ in range(args.turns):
         for side, process in sides.items():
-            taken = []
-            for _ in range(1 + args.steps):
-                print(1, file=process.stdin, flush=True)
-                taken.append(float(process.stdout.readline()))
+            taken = [timed(process) for _ in range(1 + args.steps)]
             seconds[side] += taken[1:]  # the first step of a turn finds the caches and the memory as the other side left them
+    for _ in range(args.turns * args.steps):
+        for side, process in sides.items():
+            alternating[side].append(timed(process))
     for process in sides.values():
         process.stdin.close()
         process.wait()
@@ -64,7 +65,13 @@ def main():
         median, best = np.median(seconds[side]), min(seconds[side])
         flops = about["ours"]["flops_per_token"] * tokens
         print(f"  {side}: {tokens / median:,.0f} tokens/s ({median:.3f} s a step, best {best:.3f}), {flops / median / 1e12:.2f} TFLOP/s; {about[side]['about']}")
-    print(f"  ratio ours / peer: {np.median(seconds['peer']) / np.median(seconds['ours']):.2f} (medians of {args.turns} turns of {args.steps} steps each)")
+    ratios = [np.median(of["peer"]) / np.median(of["ours"]) for of in (seconds, alternating)]
+    print(f"  ratio ours / peer: {ratios[0]:.2f} in turns ({args.turns} of {args.steps} steps each), {ratios[1]:.2f} with strictly alternating steps")
+
+
+def timed(process) -> float:
+    print(1, file=process.stdin, flush=True)
+    return float(process.stdout.readline())
 
 
 def serve(step):
@@ -137,7 +144,10 @@ def ours(args):
 
     step(), step()
     about = f"{count(steps.model.declared):,} parameters, jax {jax.__version__}, compiled in {seconds:.1f} s, {memory.temp_size_in_bytes / 2**20:,.0f} MiB temporary"
-    print(json.dumps({"about": about, "flops_per_token": steps.model.config.flops_per_token(args.seq_len / 2)}), flush=True)
+    compiled_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    used_bytes = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    sizes = {"flops_per_token": steps.model.config.flops_per_token(args.seq_len / 2), "compiled_bytes": compiled_bytes, "used_bytes": used_bytes}
+    print(json.dumps({"about": about, **sizes}), flush=True)
     return step
 
 

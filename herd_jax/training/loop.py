@@ -24,7 +24,7 @@ from herd_jax.training.compilation import kept_compilations
 from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.corruption import Verification
 from herd_jax.training.metrics import Console, MetricsWriter
-from herd_jax.training.resume import Identities, Initial, restore
+from herd_jax.training.resume import Identities, Initial, identities, restore
 from herd_jax.training.spikes import Spikes
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
@@ -41,7 +41,7 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
     mesh = make_mesh(config.mesh)
     steps = build_steps(config, mesh, task)
     data = task.open(config, steps)
-    identities = {"data": data.fingerprints, "init_from": {config.init_from: initial.fingerprint} if initial and config.init_from else {}}
+    known = identities(config, data, initial)
     workdir = config.directory
     if initial:
         initial.check_tokenizer(data.tokenizer)
@@ -55,7 +55,7 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
         stack.enter_context(Watchdog(config.train.watchdog, timeline, workdir))
         checkpointer = stack.enter_context(TieredCheckpointer(workdir / CHECKPOINTS, config.checkpoint))
         with ending_at_once("before the first step of this start"):  # nothing is lost
-            state, position = restore(checkpointer, config, steps, identities, initial)
+            state, position = restore(checkpointer, config, steps, known, initial)
         first_step = position["step"]
         timeline.begin(first_step)
         writer = MetricsWriter(workdir, first_step)
@@ -64,7 +64,7 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
         console.message(describe(config, steps, data.num_tokens, first_step))
         spikes = Spikes(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
         goodput = GoodputSoFar(workdir, timeline, first_step)
-        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, identities, goodput, Pulse(mesh))
+        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, known, goodput, Pulse(mesh))
         loop.train(state, first_step, position.get("evaluation_due"))
         timeline.enter("checkpoint stall")
         checkpointer.wait()

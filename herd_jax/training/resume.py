@@ -26,6 +26,7 @@ from herd_jax.training.checkpoints.local_and_durable import TieredCheckpointer
 from herd_jax.training.config import RunConfig
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
+from herd_jax.training.task import TaskData
 
 GONE = ("skip_nonfinite",)  # fields of `train` that only earlier checkpoints have in their configs
 
@@ -47,6 +48,11 @@ class Initial(Protocol):
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError where the weights belong to another tokenizer."""
+
+
+def identities(config: RunConfig, data: TaskData, initial: Initial | None) -> Identities:
+    """Returns what the paths of the config hold now."""
+    return {"data": data.fingerprints, "init_from": {config.init_from: initial.fingerprint} if config.init_from and initial else {}}
 
 
 @dataclasses.dataclass(frozen=True)

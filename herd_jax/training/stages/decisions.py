@@ -2,7 +2,7 @@
 
 "stage" (from 1), "seq_len", "steps" and "tokens" (of the stage, done by then), "short_loss_before" (at the end of the first stage) and
 "short_loss" (nats a token), "needle_recall" (length -> depth -> share found), "verdict" ("passed", "trains on" or "stopped"), "reason",
-"trains_to" (steps, of a stage that trains on), "gate" (its settings).
+"asked_steps" (that the config asked for), "trains_to" (steps, of a stage that trains on), "gate" (its settings).
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from herd_jax.errors import UserError
 from herd_jax.files import write_whole
 from herd_jax.reliability.workdir import DECISIONS
 from herd_jax.training.config import RunConfig
+
+KEYS = {"stage", "steps", "short_loss", "verdict", "reason", "trains_to", "gate"}  # that every line has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Decisions:
         try:
             text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
             self._lines = [json.loads(line) for line in text.splitlines()]
+            if not all(isinstance(line, dict) and KEYS <= line.keys() for line in self._lines):
+                raise ValueError("a line is no decision")
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path} is damaged ({error}): bring back a good copy, or move it away to ask the gates again") from error
 
@@ -53,13 +57,14 @@ class Decisions:
         """Returns how often the stage was made to train on."""
         return sum(line["stage"] == number and line["verdict"] == "trains on" for line in self._lines)
 
-    def add(self, number: int, stage: RunConfig, passed: bool, trains_to: int | None, verdict: Verdict) -> dict:
-        """Notes and prints what was decided at the end of `stage` as it was trained last; returns the line."""
+    def add(self, number: int, stage: RunConfig, asked_steps: int, passed: bool, trains_to: int | None, verdict: Verdict) -> dict:
+        """Notes and prints what was decided at the end of `stage` as it was trained last, of which the config asked for `asked_steps`; returns
+        the line."""
         num_steps = stage.train.num_steps
         line = {"stage": number, "seq_len": stage.train.seq_len, "steps": num_steps, "tokens": stage.train.ramp.tokens_before(num_steps)}
         line |= {"short_loss_before": self.short_loss, "short_loss": verdict.short_loss, "needle_recall": verdict.needle_recall}
         line |= {"verdict": "passed" if passed else "stopped" if trains_to is None else "trains on", "reason": verdict.reason}
-        line |= {"trains_to": trains_to, "gate": to_dict(stage.train.gate)}
+        line |= {"asked_steps": asked_steps, "trains_to": trains_to, "gate": to_dict(stage.train.gate)}
         self._lines.append(json.loads(json.dumps(line)))
         if jax.process_index() == 0:
             self._write()

@@ -29,12 +29,12 @@ from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.checkpoints.local_and_durable import delete_local
 from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.loop import train
-from herd_jax.training.resume import Initial
+from herd_jax.training.resume import Identities, Initial, changes, identities
 from herd_jax.training.stages.config import StageConfig
 from herd_jax.training.stages.decisions import Decisions, Verdict
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
-from herd_jax.training.task import Task
+from herd_jax.training.task import Task, TaskData
 
 
 class Gate(Protocol):
@@ -83,9 +83,26 @@ def train_stages(config: RunConfig, task: Task, gate: Gate, initial: Initial | N
     if (workdir / CHECKPOINTS).exists():
         raise UserError(f"{workdir} holds a run without stages: choose another workdir, and begin with that run by init_from={workdir}")
     stages = stage_configs(config)
-    _check(stages, task, gate)
+    data = _check(stages, task, gate)
     with only_run(workdir):
-        _train_in_order(stages, task, gate, initial, Decisions(workdir))
+        decisions = Decisions(workdir)
+        for number, (stage, of_stage) in enumerate(zip(stages, data), start=1):
+            _require_as_passed(stage, number, decisions.last(number), identities(stage, of_stage, initial))
+        _train_in_order(stages, task, gate, initial, decisions)
+
+
+def _require_as_passed(stage: RunConfig, number: int, last: dict | None, known: Identities) -> None:
+    """Raises UserError where a stage that has passed its gate was trained with other settings than it has now."""
+    newest = Checkpointer(_checkpoints(stage), keep=1).newest() if last and last["verdict"] == "passed" else None
+    if newest is None:
+        return
+    names = [change.name for change in changes(newest[1], stage, known)]
+    names += ["tokens"] if last.get("asked_steps", stage.train.num_steps) != stage.train.num_steps else []
+    if names:
+        raise UserError(
+            f"stage {number} of train.stages has passed its gate with other values of {', '.join(names)}: give the values that it was trained "
+            f"with, or another workdir, and begin there with this run by init_from={stage.workdir}"
+        )
 
 
 def _train_in_order(stages: list[RunConfig], task: Task, gate: Gate, begin: Initial | None, decisions: Decisions) -> None:
@@ -119,7 +136,7 @@ def _train_until_passed(
         passed = bool(multihost_utils.broadcast_one_to_all(np.array(verdict.passed)))  # all processes go the same way
         trains_on = not passed and decisions.num_rounds(number) < max_rounds
         trains_to = ramp.step_at(ramp.tokens_before(num_steps) + round_tokens)
-        last = decisions.add(number, stage, passed, trains_to if trains_on else None, verdict)
+        last = decisions.add(number, stage, stages[number - 1].train.num_steps, passed, trains_to if trains_on else None, verdict)
         stage = _to_step(stage, trains_to) if trains_on else stage
     delete_local(_checkpoints(stage), stage.checkpoint)
 
@@ -181,16 +198,18 @@ def _stage_model(model: ModelConfig, stage: StageConfig) -> ModelConfig:
     return dataclasses.replace(model, rope_theta=stage.rope_theta or model.rope_theta, rope_scaling=scaling)
 
 
-def _check(stages: list[RunConfig], task: Task, gate: Gate) -> None:
-    """Raises UserError before the first stage for what would be an error when a later one begins."""
-    fingerprint = None
+def _check(stages: list[RunConfig], task: Task, gate: Gate) -> list[TaskData]:
+    """Returns what each stage reads; raises UserError before the first one for what would be an error when a later one begins."""
+    fingerprint, opened = None, []
     for number, stage in enumerate(stages, start=1):
         with _of_stage(number):
-            tokenizer = task.open(stage, build_steps(stage, make_mesh(stage.mesh), task)).tokenizer
+            opened.append(task.open(stage, build_steps(stage, make_mesh(stage.mesh), task)))
+            tokenizer = opened[-1].tokenizer
             fingerprint = fingerprint or tokenizer.fingerprint
             if tokenizer.fingerprint != fingerprint:
                 raise UserError("its data.sources were made with another tokenizer than those of the first stage: use the same one")
     gate.check(stages)
+    return opened
 
 
 @contextlib.contextmanager

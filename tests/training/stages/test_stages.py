@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import threading
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,11 +17,13 @@ from herd_jax.config import parse, to_dict
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import StartAgain, UserError
 from herd_jax.mesh import make_mesh
+from herd_jax.models.rope import RopeScaling
 from herd_jax.reliability.goodput import furthest_step, read_goodput
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 from herd_jax.training.config import RunConfig, build_steps
 from herd_jax.training.next_token import NEXT_TOKEN
 from herd_jax.training.optimizer import learning_rate
+from herd_jax.training.stages.config import StageConfig
 from herd_jax.training.stages.decisions import Verdict
 from herd_jax.training.stages.stages import _StageBefore, devices_of, stage_configs, train_stages
 
@@ -349,3 +352,34 @@ def test_mixture_phases_belong_to_one_stage(data, tmp_path):
     run["data"]["phases"] = [{"from_tokens": 100, "sources": run["data"]["sources"]}]
     with pytest.raises(UserError, match="data.phases count the tokens of one stage: give stage 2 of train.stages its own data"):
         stage_configs(parse(RunConfig, run))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda first, second: (replace(first, tokens=first.tokens + 256), second), "tokens"),
+        (lambda first, second: (replace(first, rope_theta=7.0), second), "model.rope_theta"),
+        (lambda first, second: (replace(first, global_batch_size=16, tokens=2 * first.tokens), second), "train.global_batch_size"),
+    ],
+)
+def test_a_passed_stage_whose_settings_changed(change, names, data, whole, tmp_path):
+    """It is named, not ignored: the stages after it began with what it was."""
+    workdir = killed(whole, tmp_path / "run", 2)
+    with pytest.raises(UserError, match=f"stage 1 of train.stages has passed its gate with other values of {names}: give the values"):
+        train_stages(config(data, workdir, *map(to_dict, change(parse(StageConfig, SHORT), parse(StageConfig, LONG)))), NEXT_TOKEN, Judge())
+
+
+@pytest.mark.parametrize("text", ["5\n", "[]\n", '{"stage": 1}\n', '{"stage": 1, "verdict": "passed"\n'])
+def test_damaged_decisions(text, data, whole, tmp_path):
+    workdir = killed(whole, tmp_path / "run", 2)
+    (workdir / "stages.jsonl").write_text(text)
+    with pytest.raises(UserError, match="stages.jsonl is damaged .*: bring back a good copy"):
+        train_stages(config(data, workdir), NEXT_TOKEN, Judge())
+
+
+@pytest.mark.parametrize("given, expected", [({}, 8.0), ({"rope_scaling": "none"}, None), ({"rope_scaling": {"factor": 2.0}}, 2.0)])
+def test_a_stage_may_have_no_scaling(given, expected, data, tmp_path):
+    run = config(data, tmp_path, SHORT, {**LONG, **given})
+    run = replace(run, model=replace(run.model, rope_scaling=RopeScaling(factor=8.0)))
+    scaling = stage_configs(run)[1].model.resolve().rope_scaling
+    assert (scaling and scaling.factor) == expected
