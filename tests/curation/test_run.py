@@ -97,7 +97,7 @@ def test_a_finished_run_does_nothing_again(inputs, finished):
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*.parquet")} == before
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_runs_end_with_the_same_bytes(inputs, finished, tmp_path, seed):
     chance, workdir = random.Random(seed), tmp_path / "run"
     config = tmp_path / "config.py"

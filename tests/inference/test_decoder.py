@@ -20,7 +20,7 @@ def plain(params, ids, config):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("config", [tiny.CONFIG, tiny.tied()], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [tiny.CONFIG, pytest.param(tiny.tied(), marks=pytest.mark.slow)], ids=["untied", "tied"])
 def test_prefill_and_decode_are_the_full_forward(mesh, config):
     """Rows of unequal length, padded on the left; four tokens after them."""
     steps = tiny.make_steps(*mesh, config=config)

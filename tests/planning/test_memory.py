@@ -47,7 +47,7 @@ def allocated(job: Job) -> int:
 
 
 @pytest.mark.parametrize("model, seq_len", [("llama-5m", 512), pytest.param("llama-20m", 256, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mesh, pipeline, remat, gather", MESHES)
+@pytest.mark.parametrize("mesh, pipeline, remat, gather", [pytest.param(*case, marks=[pytest.mark.slow] * (i in (2, 3, 6))) for i, case in enumerate(MESHES)])
 def test_total_is_what_is_allocated(model, seq_len, mesh, pipeline, remat, gather):
     planned = job(model, mesh, pipeline, remat, gather, seq_len)
     assert 0.92 < memory.estimate(planned)["total"] / allocated(planned) < 1.12
@@ -69,7 +69,7 @@ REAL = [  # (model, mesh, pipeline, remat, gather, seq_len)
 ]
 
 
-@pytest.mark.parametrize("model, mesh, pipeline, remat, gather, seq_len", [*REAL[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in REAL[3:])])
+@pytest.mark.parametrize("model, mesh, pipeline, remat, gather, seq_len", [*REAL[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in REAL[2:])])
 def test_total_of_real_models(model, mesh, pipeline, remat, gather, seq_len):
     """Compiled only: no array is made. What fits by the plan fits."""
     planned = job(model, mesh, pipeline, remat, gather, seq_len, batch_per_dp=4)

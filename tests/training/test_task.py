@@ -71,7 +71,7 @@ def params():
 
 
 @MESHES
-@pytest.mark.parametrize("loss_of", [loss_of_rows, loss_of_pairs])
+@pytest.mark.parametrize("loss_of", [loss_of_pairs, pytest.param(loss_of_rows, marks=pytest.mark.slow)])
 def test_losses_of_rows_and_pairs_are_those_of_a_plain_forward(mesh, options, loss_of, params):
     rows = rows_with_signs()
     expected, gradient = jax.value_and_grad(lambda p: loss_of(plain_log_p(p, rows), rows["sign"]).sum() / tiny.NUM_ROWS)(params)
