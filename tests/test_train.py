@@ -169,6 +169,7 @@ def test_continued_on_another_mesh(base, uninterrupted, tmp_path):
     assert final_state(workdir)[0] == NUM_STEPS
 
 
+@pytest.mark.slow
 def test_ramp_interrupted_in_its_second_phase(base, tmp_path):
     """Ctrl-C saves the step it came at; the rest is as if nothing had happened."""
     run(base, tmp_path / "whole", RAMP)

@@ -23,10 +23,19 @@ from herd_jax.training.step import Steps
 # 61 words: padded on every tp; 5 layers: empty slots on every pp; 8 kv heads: tp up to 8.
 CONFIG = LlamaConfig(32, 5, 16, 8, 4, 48, vocab_size=61, rope_theta=1e4, rope_scaling=RopeScaling(original_max_position=64), init_std=0.2)
 NUM_ROWS, SEQ_LEN = 16, 32
+_made: dict[tuple, Steps] = {}
 
 
 def make_steps(tp=1, cp=1, pp=1, dp=1, config=CONFIG, attention="dense", remat="none", dtype=jnp.float32, gather="step",
                pipeline=PipelineConfig(), task=NEXT_TOKEN, **optimizer) -> Steps:
+    """Returns the steps of a layout, the same object for the same one, so that what one test compiled serves the others."""
+    key = (tp, cp, pp, dp, config, attention, remat, dtype, gather, pipeline, id(task), *sorted(optimizer.items()))
+    if key not in _made:
+        _made[key] = _make_steps(tp, cp, pp, dp, config, attention, remat, dtype, gather, pipeline, task, optimizer)
+    return _made[key]
+
+
+def _make_steps(tp, cp, pp, dp, config, attention, remat, dtype, gather, pipeline, task, optimizer) -> Steps:
     mesh = make_mesh(MeshConfig(tp, cp, pp, dp), jax.devices()[: tp * cp * pp * dp])
     model, layout = Llama.make(config, attention, remat), Layout.make(mesh, config.num_layers, pipeline.num_chunks)
     optimizer = OptimizerConfig(**{"warmup_steps": 0, "peak_learning_rate": 1e-2, **optimizer})

@@ -54,7 +54,10 @@ class StatePlan:
 
     def init(self, seed: int) -> State:
         """Returns the state before the first step, made on its devices: the same on every mesh."""
+        return self._init(jax.random.key(seed))
 
+    @functools.cached_property
+    def _init(self):
         def make(key):
             paths, tree = jax.tree_util.tree_flatten_with_path(self.declared, is_leaf=is_declaration)
             name = lambda path: zlib.crc32(jax.tree_util.keystr(path).encode())
@@ -62,7 +65,7 @@ class StatePlan:
             params = jax.tree.unflatten(tree, values)
             return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
-        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
+        return jax.jit(make, out_shardings=self.shardings)
 
     def abstract_canonical(self) -> State:
         """Returns shapes, dtypes and shardings of the canonical state, to restore a checkpoint onto this mesh."""

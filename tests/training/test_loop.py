@@ -70,9 +70,9 @@ def undisturbed(data, tmp_path_factory):
     return lines(workdir)
 
 
-@pytest.mark.parametrize("which, step", [(1, 3), (2, 6)])
-@pytest.mark.parametrize("number, error, words", [(signal.SIGTERM, StartAgain, "stopped after step {} and saved"),
-                                                  (signal.SIGINT, UserError, "interrupted after step {}")])  # fmt: skip
+@pytest.mark.parametrize("which, step, number, error, words", [
+    (1, 3, signal.SIGINT, UserError, "interrupted after step {}"), (2, 6, signal.SIGTERM, StartAgain, "stopped after step {} and saved"),
+])  # fmt: skip
 def test_a_signal_in_an_evaluation(which, step, number, error, words, data, undisturbed, tmp_path):
     with pytest.raises(error, match=words.format(step)):
         train(config(data, tmp_path / "run"), told_in_evaluation(number, which))

@@ -22,7 +22,7 @@ MESHES = pytest.mark.parametrize(
         ((1, 2, 2, 2), {"pipeline": ZERO_BUBBLE}),
         ((2, 1, 2, 2), {"remat": "attention", "attention": "blockwise"}),
         ((1, 4, 2, 1), {"attention": "blockwise", "pipeline": PipelineConfig("interleaved", 2)}),
-        ((4, 2, 1, 1), {}),
+        pytest.param((4, 2, 1, 1), {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -79,6 +79,7 @@ def test_the_score_is_the_mean_likelihood_of_the_answer(saved):
     assert found == pytest.approx(expected, abs=1e-5) and np.isfinite(empty)
 
 
+@pytest.mark.slow
 def test_the_command_writes_numbers_answers_and_a_picture(saved, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
