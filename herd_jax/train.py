@@ -3,12 +3,10 @@
 On several hosts it is the same command on each (see launch/); with --preflight it checks them and trains nothing.
 """
 
-import dataclasses
-
 from herd_jax.config import read_command_line, to_dict
 from herd_jax.errors import command_line
 from herd_jax.evaluation.needles.gate import StageGate
-from herd_jax.interop.initial import InitialWeights
+from herd_jax.interop.initial import initial_weights
 from herd_jax.machines.place import joined
 from herd_jax.machines.xla_flags import apply_flags
 from herd_jax.mesh import request_cpu_devices
@@ -27,11 +25,9 @@ def main(argv: list[str]) -> None:
         if "--preflight" in argv:
             for mesh in dict.fromkeys(stage.mesh for stage in stage_configs(config)):
                 preflight(mesh, config.directory)
-        elif config.init_from:
-            initial = InitialWeights.open(config.init_from, config.init_moments)
-            train_stages(dataclasses.replace(config, model=initial.model_config), NEXT_TOKEN, StageGate(), initial)
         else:
-            train_stages(config, NEXT_TOKEN, StageGate())
+            config, initial = initial_weights(config)
+            train_stages(config, NEXT_TOKEN, StageGate(), initial)
 
 
 if __name__ == "__main__":

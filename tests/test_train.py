@@ -277,8 +277,16 @@ def test_a_change_on_purpose(base, uninterrupted, tmp_path):
     assert line["step"] == 16 and line["changes"] == {"optimizer.peak_learning_rate": [0.01, 0.0001]}
     run(base, workdir, *lower)  # from here on it is the run's own
     moments = ("init_moments=true", "train.num_steps=1", "optimizer.warmup_steps=0")
-    run(base, tmp_path / "branch", f"init_from={uninterrupted}@16", *moments)
+    source = tmp_path / "source"
+    shutil.copytree(uninterrupted, source)
+    run(base, tmp_path / "branch", f"init_from={source}@16", *moments)
     assert final_state(tmp_path / "branch")[1][".optimizer[0].count"] == 17
+    shutil.rmtree(source / "checkpoints" / "16")  # as the other run would do, when it trains on
+    on = ("init_moments=true", "train.num_steps=2", "optimizer.warmup_steps=0")
+    _, err = run(base, tmp_path / "branch", f"init_from={source}@16", *on)
+    assert "the run has begun, and goes on without it" in err and final_state(tmp_path / "branch")[0] == 2
+    _, err = run(base, tmp_path / "branch", f"init_from={source}@20", *on, succeeds=False)
+    assert "with other values of init_from: " in err
     _, err = run(base, tmp_path / "other", f"init_from={uninterrupted}@15", *moments, succeeds=False)
     assert f"{uninterrupted} has checkpoints of steps 24, 20, 16: name one of them" in err
     _, err = run(base, tmp_path / "other", f"init_from={base}", *moments, succeeds=False)

@@ -40,8 +40,8 @@ def parse(cls: type[Config], mapping: Mapping[str, Any], path: str = "") -> Conf
 class NotGiven(enum.Enum):
     """The value of a field that was left out, where None is a value of its own: `name: X | None | NotGiven = NOT_GIVEN`.
 
-    In a dict such a field is absent if it was left out, and the text "none" if it is None: None in a dict that an earlier version wrote
-    means that it was left out.
+    In a dict that is written, such a field is absent if it was left out, and the text "none" if it is None: there None can only come from an
+    earlier version, which meant that it was left out (`training.resume.parse_saved`).
     """
 
     NOT_GIVEN = "not given"
@@ -136,13 +136,13 @@ def _coerce_scalar(hint: type, value: Any) -> Any:
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        number = _number(value) if isinstance(value, str) else value
-        if number != number:
+        found = _number(value) if isinstance(value, str) else value
+        if found != found:
             raise _Mismatch  # no setting means NaN, and no comparison would find it
         if hint is float:
-            return float(number)
-        if isinstance(number, int) or number.is_integer():
-            return int(number)
+            return float(found)
+        if isinstance(found, int) or found.is_integer():
+            return int(found)
     if hint in (str, bool) and isinstance(value, hint):
         return value
     assert hint in (str, bool, int, float), f"no way to read a {hint}"

@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.files import user_path
@@ -14,8 +13,11 @@ from herd_jax.interop.formats.workdir import CheckpointSource, read_state
 from herd_jax.interop.load import load_params, open_source
 from herd_jax.interop.source import Source
 from herd_jax.models.config import ModelConfig
-from herd_jax.reliability.workdir import CHECKPOINTS
+from herd_jax.reliability.workdir import CHECKPOINTS, stage_directories
 from herd_jax.text.tokenizer import Tokenizer
+from herd_jax.training.checkpoints.checkpoint import Checkpointer
+from herd_jax.training.config import RunConfig
+from herd_jax.training.resume import parse_saved
 from herd_jax.training.state import State
 from herd_jax.training.step import Steps
 
@@ -50,8 +52,7 @@ class InitialWeights:
 
     def load_state(self, steps: Steps, seed: int) -> State:
         if self.moments:
-            state = read_state(self.source.directory.parent, steps.plan)
-            return state._replace(step=jax.device_put(np.int32(0), state.step.sharding))
+            return steps.plan.at_its_beginning(read_state(self.source.directory.parent, steps.plan))
         return steps.plan.init(seed)._replace(params=load_params(self.source, steps.layout, steps.model.declared, jnp.float32))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -61,6 +62,33 @@ class InitialWeights:
                 f"data.sources were made with another tokenizer than init_from {self.source.path} has: make them again with "
                 f"python -m herd_jax.tokenize --tokenizer {self.source.tokenizer_path}"
             )
+
+
+def initial_weights(config: RunConfig) -> tuple[RunConfig, InitialWeights | None]:
+    """Returns the config with the dimensions of its `init_from`, and the weights.
+
+    Of a run that has begun, its own checkpoint has all that is needed: where `init_from` is gone, such as a checkpoint that another run gave up
+    since, the weights are None and the dimensions those of the checkpoint. Raises UserError as `InitialWeights.open` does.
+    """
+    if not config.init_from:
+        return config, None
+    try:
+        initial = InitialWeights.open(config.init_from, config.init_moments)
+    except UserError as error:
+        saved = _begun(config)
+        if saved is None:
+            raise
+        print(f"note: {error}; the run has begun, and goes on without it", file=sys.stderr, flush=True)
+        return dataclasses.replace(config, model=saved.model), None
+    return dataclasses.replace(config, model=initial.model_config), initial
+
+
+def _begun(config: RunConfig) -> RunConfig | None:
+    """Returns the config that the run's own newest checkpoint (of its first stage) keeps, if it began with the same `init_from`."""
+    directory = (stage_directories(config.directory) or [config.directory])[0]
+    newest = Checkpointer(directory / CHECKPOINTS, keep=1).newest() if (directory / CHECKPOINTS).is_dir() else None
+    saved = newest and parse_saved(newest[1]["config"])
+    return saved if saved and saved.init_from == config.init_from else None
 
 
 def _checkpoint_of_step(path: str) -> Path:

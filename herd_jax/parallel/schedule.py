@@ -101,7 +101,6 @@ class PipelineConfig:
         order = [(FORWARD, *item) for item in _forward_order(groups, self.num_chunks)]
         return _place([order] * num_ranks, num_ranks, self.num_chunks, num_micro_batches, latency=1)
 
-
     def _groups(self, num_micro_batches: int, least: int) -> list[range]:
         """Returns the micro-batches that a chunk runs in a row, in groups as equal as they can be.
 

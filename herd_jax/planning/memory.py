@@ -51,16 +51,17 @@ def estimate(job: Job) -> dict[str, float]:
     gradients_of_head = 2 if tokens > CHUNK_TOKENS else 1  # of the chunk, and of the chunks so far
     logits = min(tokens, CHUNK_TOKENS) * columns * (2 * FP32 + itemsize) + gradients_of_head * FP32 * job.model.dim * columns
     logits += 2 * FP32 * tokens * job.model.dim  # the hidden states, whole over tp, and their gradient
-    passing = {
+    memory = {
+        "parameters": FP32 * sharded,
+        "optimizer": 2 * FP32 * sharded,
         "gathered_weights": itemsize * (whole if job.gather == "step" else one_layer + ends) * copies,
         "gradients": FP32 * (whole if job.gather == "step" else sharded + one_layer),
         "activations": max(2, slots * max(table.num_residual_slots, 1)) * operation.residuals
         + max(2, table.most_kept_layers * table.num_kept_slots) * (table.splits_backward and job.pp > 1) * operation.kept,
         "logits": logits,
         "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, operation.temporaries - logits),
+        "update": FP32 * sharded * (job.gather == "step" and job.dp * job.cp > 1),
     }
-    update = FP32 * sharded * (job.gather == "step" and job.dp * job.cp > 1)
-    memory = {"parameters": FP32 * sharded, "optimizer": 2 * FP32 * sharded, **passing, "update": update}
     return memory | {"total": sum(memory.values())}
 
 

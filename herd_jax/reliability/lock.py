@@ -107,8 +107,9 @@ def _parse(text: str) -> dict:
     """Returns the holder; {} where none is named, or not as we do it."""
     try:
         holder = json.loads(text)
-        return holder if isinstance(holder, dict) and {"host", "process", "began", "since"} <= holder.keys() else {}
-    except ValueError:
+        as_ours = isinstance(holder["host"], str) and type(holder["process"]) is int and type(holder["since"]) in (int, float)
+        return holder if as_ours and "began" in holder else {}
+    except (ValueError, TypeError, KeyError):
         return {}
 
 

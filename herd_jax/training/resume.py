@@ -31,7 +31,7 @@ from herd_jax.training.task import TaskData
 GONE = ("skip_nonfinite",)  # fields of `train` that only earlier checkpoints have in their configs
 
 # A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
-SETTLED = ("seed", "init_from", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
+SETTLED = ("seed", "init_from", "init_moments", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
 
 Identities = Mapping[str, Mapping[str, str]]  # "data" and "init_from" -> path -> fingerprint of what is there
 
@@ -81,20 +81,23 @@ def changes(record: dict, config: RunConfig, identities: Identities) -> list[Cha
     """Returns in what `config` contradicts that of the run whose checkpoint has `record`; `identities` are those of now."""
     saved, position = parse_saved(record["config"]), record["position"]
     known = position.get("identities")
+    if known and config.init_from not in identities["init_from"]:  # it is gone: then its name is all that can be compared
+        known = {**known, "init_from": {}}
     before = _settled(saved, position["tokens"], config.train.ramp, known)
     now = _settled(config, position["tokens"], config.train.ramp, known and identities)
     names = [name for name in differences(before, now) if any(name == key or name.startswith(key + ".") for key in SETTLED)]
-    return [Change(name, _at(to_dict(saved), name), _at(to_dict(config), name)) for name in names]
+    as_written = lambda name, settled, config: _at(to_dict(config) if name.startswith(("data", "init_from")) else settled, name)
+    return [Change(name, as_written(name, before, saved), as_written(name, now, config)) for name in names]
 
 
 def _settled(config: RunConfig, tokens: int, ramp: Ramp, identities: Identities | None) -> dict:
     """Returns the config as a dict, without what has changed no result so far: numbers of micro-batches, later mixtures, annealing to come.
 
-    Paths stand for what `identities` says they hold; where it says nothing (None), they are compared as they would be opened.
+    Paths stand for what `identities` says they hold; where it says nothing, they are compared as they would be opened.
     """
 
     def identify(kind: str, path: str) -> str:
-        return identities[kind][path] if identities else os.path.normpath(user_path(path))
+        return (identities or {}).get(kind, {}).get(path) or os.path.normpath(user_path(path))
 
     in_order = lambda sources: [[identify("data", path), weight] for path, weight in sources.items()]
     mixtures = [[phase.from_tokens, in_order(phase.sources)] for phase in config.data.phases if phase.from_tokens < tokens]
@@ -132,6 +135,8 @@ def restore(
         _allow(changes(newest[1], config, identities), config, newest[1]["position"]["step"])
     restored = checkpointer.restore(steps.plan.abstract_canonical(), last_step)
     if restored is None:
+        if config.init_from and initial is None:
+            raise UserError(f"the run has to begin again and its init_from {config.init_from} cannot be read: bring it back")
         return (initial.load_state(steps, config.seed) if initial else steps.plan.init(config.seed)), {"step": 0}
     return steps.plan.from_canonical(restored.state), restored.position
 

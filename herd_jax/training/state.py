@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -66,6 +67,11 @@ class StatePlan:
             return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
         return jax.jit(make, out_shardings=self.shardings)
+
+    def at_its_beginning(self, canonical: State) -> State:
+        """Returns a canonical state as that of a run that begins with it: at step 0, the clock of the schedule, with the moments and their age."""
+        state = self.from_canonical(canonical)
+        return state._replace(step=jax.device_put(np.int32(0), state.step.sharding))
 
     def abstract_canonical(self) -> State:
         """Returns shapes, dtypes and shardings of the canonical state, to restore a checkpoint onto this mesh."""

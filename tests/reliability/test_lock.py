@@ -100,6 +100,9 @@ def name(host, process, began):
         (lambda: name("another host", 1, "1"), False),
         (lambda: "", True),
         (lambda: "damaged", True),
+        (lambda: json.dumps({"host": "another", "process": "1", "began": "1", "since": 0}), True),
+        (lambda: json.dumps({"host": "another", "process": 1, "began": "1", "since": "then"}), True),
+        (lambda: "[]", True),
     ],
 )
 def test_a_file_system_without_locks(holder, is_free, tmp_path, monkeypatch):

@@ -6,9 +6,9 @@ import os
 import signal
 
 import pytest
+from run_configs import numbered_streams
 
 from herd_jax.config import parse
-from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import StartAgain, UserError
 from herd_jax.reliability.signals import ending_at_once
 from herd_jax.training.config import RunConfig
@@ -21,12 +21,7 @@ CLOCKED = ("tokens_per_second", "mfu", "step_time_s", "input_wait_fraction", "go
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    base = tmp_path_factory.mktemp("loop")
-    (base / "text").mkdir()
-    for i in range(8):
-        (base / "text" / f"{i}.txt").write_text(" ".join(str(j * (i + 7) % 101) for j in range(400)))
-    tokenize_files([str(base / "text")], "bytes", base / "data", validation_fraction=0.3, processes=1)
-    return base / "data"
+    return numbered_streams(tmp_path_factory.mktemp("loop"))
 
 
 def config(data, workdir):

@@ -121,6 +121,22 @@ def test_initial_weights_are_known_by_their_content():
     assert found("models/a", "2") == found("", "") == ["init_from"]
 
 
+def test_initial_weights_that_are_gone_are_known_by_their_name():
+    """Of a run that began without saying what its init_from held, too."""
+    for known in ({"models/a": "1"}, {}):
+        position = {"data": {"data/test": "1"}, "init_from": known}
+        now = {"data": {"data/test": "1"}, "init_from": {}}
+        saved = to_dict(config(init_from="models/a"))
+        assert not contradictions(saved, to_dict(config(init_from="./models/a")), 0, position, now)
+        assert contradictions(saved, to_dict(config(init_from="models/b")), 0, position, now) == ["init_from"]
+
+
+def test_what_was_before_is_said(tmp_path):
+    record = {"config": to_dict(config()), "position": {"step": 1, "tokens": 0}}
+    said = [str(change) for change in changes(record, config(model__dim=32, data__sources="data/other"), {"init_from": {}})]
+    assert said == ["data.sources was {'data/test': 1.0}", "model.dim was 64"]
+
+
 def test_allowed_names_are_names():
     assert config(resume__allow=("optimizer", "data.sources", "train.phases")).resume.allow[0] == "optimizer"
     with pytest.raises(UserError, match="resume.allow names 'optimizer.peak_learning_rat', which is no config key: did you mean 'optimizer.peak"):

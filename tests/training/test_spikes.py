@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from run_configs import numbered_streams
 
 from herd_jax.config import parse
-from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
 from herd_jax.training import loop
 from herd_jax.training.config import RunConfig, TrainConfig
@@ -115,12 +115,7 @@ def test_batches_left_out_are_counted_and_recorded():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    base = tmp_path_factory.mktemp("spikes")
-    (base / "text").mkdir()
-    for i in range(8):
-        (base / "text" / f"{i}.txt").write_text(" ".join(str(j * (i + 7) % 101) for j in range(400)))
-    tokenize_files([str(base / "text")], "bytes", base / "data", validation_fraction=0.2, processes=1)
-    return base / "data"
+    return numbered_streams(tmp_path_factory.mktemp("spikes"))
 
 
 def trained(data, workdir, monkeypatch, bad, *num_steps, on_spike="rewind"):

@@ -38,7 +38,8 @@ def open_checkpoint(path: Path) -> Source:
         record = Checkpointer(path.parent, keep=1).read_record(int(path.name))
     except (ValueError, Unreadable) as error:
         raise UserError(f"{path} is no readable checkpoint of a training run ({error}): name another one") from error
-    return _source(path, path.parents[1], path / "state", record)
+    source = _source(path, path.parents[1], path / "state", record)
+    return dataclasses.replace(source, run=f"{source.run}@{path.name}")  # this step was asked for, and no other
 
 
 def newest_checkpoints(workdir: Path, number: int) -> list[Path]:
@@ -57,24 +58,25 @@ def _source(path: Path, workdir: Path, directory: Path, record: dict) -> "Checkp
     context_length = max(phase.seq_len for phase in run.train.ramp.phases)
     tokenizer_path = tokenizer_in(workdir / TOKENIZER)
     return CheckpointSource(
-        path, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"], _run_of(run)
+        path, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"], _run_of(run, record)
     )
 
 
-def _run_of(run: RunConfig) -> str:
-    settled = {"seed": run.seed, "init_from": run.init_from, "model": to_dict(run.model), "sources": list(run.data.sources.values())}
+def _run_of(run: RunConfig, record: dict) -> str:
+    """Returns what is the same for all checkpoints of a run: its seed, its dimensions, and the content of what it began with."""
+    known = record["position"].get("identities", {})
+    sources = [[known.get("data", {}).get(path, path), weight] for path, weight in run.data.sources.items()]
+    settled = {"seed": run.seed, "init_from": list(known.get("init_from", {}).values()), "model": to_dict(run.model.resolve()), "sources": sources}
     return hashlib.blake2b(json.dumps(settled).encode(), digest_size=16).hexdigest()
 
 
 def read_state(checkpoint: Path, plan: StatePlan) -> State:
-    """Returns the whole state of the checkpoint WORKDIR/checkpoints/STEP as `plan` lays it out. Raises UserError where it is damaged, or does
-    not fit."""
+    """Returns the whole canonical state of the checkpoint WORKDIR/checkpoints/STEP, sharded as `plan` says. Raises UserError where it is damaged,
+    or does not fit."""
     try:
-        restored = Checkpointer(checkpoint.parent, keep=1).read(int(checkpoint.name), plan.abstract_canonical())
+        return Checkpointer(checkpoint.parent, keep=1).read(int(checkpoint.name), plan.abstract_canonical()).state
     except Unreadable as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged ({error}): name another one") from error
-    return plan.from_canonical(restored.state)
-
 
 def open_stages(workdir: Path) -> Source:
     """Opens the newest stage of the run in `workdir` that has a checkpoint. Raises UserError where none has one, or none is readable."""
@@ -89,7 +91,7 @@ class CheckpointSource(Source):
 
     directory: Path
     checksums: dict[str, int]
-    run: str  # the same for all checkpoints of a run, also when it trains on
+    run: str  # the same for all checkpoints of a run, also when it trains on; with its step where that was asked for
     _sums: dict[str, dict] = dataclasses.field(default_factory=dict)  # name -> layer -> its share of the checksum
 
     @property

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -156,8 +155,7 @@ class _StageBefore:
         checkpointer.close()
         if restored is None or restored.step != self.num_steps:
             raise UserError(f"the last checkpoint of stage {self.number} cannot be read: the same command trains the end of that stage again")
-        state = steps.plan.from_canonical(restored.state)
-        return state._replace(step=jax.device_put(np.int32(0), state.step.sharding))
+        return steps.plan.at_its_beginning(restored.state)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Does nothing: the tokenizers of all stages were compared before the first."""
