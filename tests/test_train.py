@@ -331,9 +331,10 @@ def test_generate(uninterrupted, tmp_path, monkeypatch, capsys):
 
 
 def test_begins_with_the_weights_of_another_run(base, uninterrupted, tmp_path):
-    """On another mesh, with the dimensions of the source whatever the config's model, and a schedule of its own."""
+    """On another mesh, with the dimensions of the source whatever the config's model, and a schedule of its own; from an odd path."""
     fields = ("train.num_steps=2", "optimizer.peak_learning_rate=1e-6", "model.dim=64", "mesh.dp=2")
-    run(base, tmp_path / "run", f"init_from={uninterrupted}", *fields)
+    shutil.copytree(uninterrupted, tmp_path / "odd #1 %20")
+    run(base, tmp_path / "run", f"init_from={tmp_path / 'odd #1 %20'}", *fields)
     assert metrics(tmp_path / "run")[0]["loss"] < metrics(uninterrupted)[0]["loss"] - 1
     assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(metrics(uninterrupted)[-1]["val_loss"], rel=1e-3)
     tokenize_files([str(base / "text")], 280, tmp_path / "other", validation_fraction=0.1, processes=1)

@@ -79,7 +79,7 @@ def loss_and_gradient(steps: Steps, rows, num_micro_batches: int, seed: int = 0)
 
 def one_device_row_by_row(rows, config: LlamaConfig = CONFIG):
     """Does what `loss_and_gradient` of one device does, for any number of rows with one program: each row on its own, weighted by its targets."""
-    steps = _one_device(config)
+    steps = make_steps(config=config)
     state, counts = steps.plan.init(0), rows["loss_mask"].sum(axis=1)
     total, gradients = 0.0, jax.tree.map(lambda leaf: np.zeros(leaf.shape), state.params)
     for row, count in enumerate(counts):
@@ -89,11 +89,6 @@ def one_device_row_by_row(rows, config: LlamaConfig = CONFIG):
         gradients = jax.tree.map(lambda so_far, of_row: so_far + np.asarray(of_row) * count, gradients, gradient)
     mean = jax.tree.map(lambda leaf: jnp.float32(leaf / counts.sum()), gradients)
     return total / counts.sum(), jax.tree.map(np.asarray, steps.plan.to_canonical(State(state.step, mean, state.optimizer)).params)
-
-
-@functools.cache
-def _one_device(config: LlamaConfig) -> Steps:
-    return make_steps(config=config)
 
 
 def canonical_params(steps: Steps, seed: int = 0):

@@ -75,6 +75,8 @@ def test_plots(tmp_path):
         ("--model llama3-8b --batch-per-dp 3 --micro-batch-size 2", "does not divide by micro_batch_size 2"),
         ("--model llama3-8b --search", "give it with --gpus"),
         ("--model llama3-8b --search --gpus 8 --global-batch-tokens many", "'many' is not a number of tokens"),
+        ("--model llama3-8b --gpus 16", "--gpus goes with --search"),
+        ("--model llama3-8b --global-batch-tokens 1M", "--global-batch-tokens goes with --search"),
         ("--model llama3-8b --pp 2 --schedule 1f1b --chunks 2", "choose 'interleaved' or 'zero_bubble'"),
         ("--model llama3-8b --schedule interleaved --chunks 2", "set mesh.pp to 2 or more"),
         ("schedule --pp 0 --micro-batches 4", "both must be 1 or more"),
