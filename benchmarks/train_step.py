@@ -40,7 +40,7 @@ def main():
         serve((ours if args.side == "ours" else peer)(args))
         return
 
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     pythons = {"ours": sys.executable, "peer": args.peer_python}
     arguments = [*sys.argv[1:], "--dimensions", json.dumps(dimensions(args.model))]
     sides = {

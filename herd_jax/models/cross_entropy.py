@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from herd_jax.models.log_probabilities import chunks, predict
+from herd_jax.models.products import gradient_of_matrix, multiply
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -49,8 +50,8 @@ def _scan_chunks(x_BTD, w_DV, target_BT, mask_BT, vocab_size, with_gradient):
         if not with_gradient:
             return (loss, dw_DV), None
         dlogits_CV = jnp.where(mask_C[:, None], found.exp_CV / found.total_C[:, None] - found.one_hot_CV, 0).astype(x_CD.dtype)
-        dw_DV += lax.dot_general(x_CD, dlogits_CV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (loss, dw_DV), lax.dot_general(dlogits_CV, w_DV, (((1,), (1,)), ((), ())))
+        dw_DV += gradient_of_matrix(x_CD, dlogits_CV, jnp.float32)
+        return (loss, dw_DV), multiply(dlogits_CV, w_DV.T, x_CD.dtype)
 
     dw_DV = jnp.zeros(w_DV.shape, jnp.float32) if with_gradient else jnp.zeros(())
     if num_chunks == 1:

@@ -1,11 +1,9 @@
-"""The parts that models share: the norm, the look-up of tokens, products with matrices, and what the backward computes again."""
+"""The parts that models share: the norm, the look-up of tokens, and what the backward computes again."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-
-from herd_jax.models.fp8 import Fp8Matrix
 
 # Recomputes cheap operations in the backward rather than keep their results. Forward and backward run in separate loops, so XLA cannot merge
 # the two computations of a value and need not be kept from it.
@@ -38,10 +36,3 @@ def _look_up_backward(residuals, dx_BTD):
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
-def project(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix) -> jax.Array:
-    """Multiplies [B, T, D] by [D, ...], or by a quantized matrix: returns [B, T, ...]."""
-    if isinstance(weight, Fp8Matrix):
-        return weight.product(x_BTD)
-    return (x_BTD @ weight.reshape(weight.shape[0], -1)).reshape(*x_BTD.shape[:2], *weight.shape[1:])

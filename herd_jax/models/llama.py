@@ -19,7 +19,8 @@ from herd_jax.errors import UserError
 from herd_jax.models import fp8
 from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
-from herd_jax.models.layers import look_up, project, recompute, rms_norm
+from herd_jax.models.layers import look_up, recompute, rms_norm
+from herd_jax.models.products import project
 from herd_jax.models.params import bind, declarations, declare, normal, ones, stacked
 from herd_jax.models.rope import frequencies, rotate, rotations
 from herd_jax.parallel import collectives, context, tensor
@@ -79,8 +80,10 @@ class Layer(nnx.Module):
         """Returns the activations, and what `attend` keeps."""
         weights = self.attention_norm[...], self.qkv[...]
         qkv = recompute(lambda x, *w: self.norm_and_project(x, *w, between))(x_BTD, *weights)  # [B, T, K, G + 2, H]
-        qk, v_BTKH = recompute(rotate)(qkv[..., :-1, :], *rotation), qkv[..., -1, :]
-        q_BTNH, k_BTKH = qk[..., :-1, :].reshape(*qk.shape[:2], -1, qk.shape[-1]), qk[..., -1, :]
+        group = qkv.shape[-2] - 2
+        qk, v = jnp.split(qkv, [group + 1], axis=-2)  # the gradient of a split is one concatenation, that of slices pads each
+        q, k = jnp.split(recompute(rotate)(qk, *rotation), [group], axis=-2)
+        q_BTNH, k_BTKH, v_BTKH = q.reshape(*q.shape[:2], -1, q.shape[-1]), k[..., 0, :], v[..., 0, :]
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
         return x_BTD + between.reduce(recompute(self.project_out)(o_BTNH, self.out[...])), kept
 
@@ -95,11 +98,12 @@ class Layer(nnx.Module):
     @staticmethod
     def project_out(o_BTNH, out_KGHD):
         o_BTE = o_BTNH.reshape(*o_BTNH.shape[:2], -1)
-        return o_BTE @ out_KGHD.reshape(o_BTE.shape[-1], -1)
+        return project(o_BTE, out_KGHD.reshape(o_BTE.shape[-1], -1))
 
     @staticmethod
     def swiglu(gate_up_BT2F, down_FD):
-        return project(jax.nn.silu(gate_up_BT2F[:, :, 0]) * gate_up_BT2F[:, :, 1], down_FD)
+        gate_BTF, up_BTF = (half[:, :, 0] for half in jnp.split(gate_up_BT2F, 2, axis=2))
+        return project(jax.nn.silu(gate_BTF) * up_BTF, down_FD)
 
 
 class Fp8FeedForward(nnx.Module):

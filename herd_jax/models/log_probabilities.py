@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from herd_jax.models.products import gradient_of_matrix, multiply
 from herd_jax.parallel import collectives, tensor
 
 CHUNK_TOKENS = 1024  # enough to keep the matmuls and the running gradient of the weights efficient
@@ -38,7 +39,7 @@ class Predictions(NamedTuple):
 
 def predict(x_CD: jax.Array, w_DV: jax.Array, target_C: jax.Array, vocab_size: int) -> Predictions:
     """Computes the logits of one chunk of tokens, and what the ranks together know of them."""
-    logits_CV = jnp.where(columns(w_DV) < vocab_size, jnp.dot(x_CD, w_DV, preferred_element_type=jnp.float32), -jnp.inf)
+    logits_CV = jnp.where(columns(w_DV) < vocab_size, multiply(x_CD, w_DV, jnp.float32), -jnp.inf)
     peak_C = collectives.all_max(logits_CV.max(-1), "tp")
     exp_CV = jnp.exp(logits_CV - peak_C[:, None])
     index_C, mine_C = tensor.vocabulary_slice(target_C, w_DV.shape[1])
@@ -89,8 +90,7 @@ def _backward(vocab_size, residuals, weight_BT):
         x_CD, target_C, weight_C = rows
         found = predict(x_CD, w_DV, target_C, vocab_size)
         dlogits_CV = ((found.one_hot_CV - found.exp_CV / found.total_C[:, None]) * weight_C[:, None]).astype(x_CD.dtype)
-        dw_DV += lax.dot_general(x_CD, dlogits_CV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return dw_DV, lax.dot_general(dlogits_CV, w_DV, (((1,), (1,)), ((), ())))
+        return dw_DV + gradient_of_matrix(x_CD, dlogits_CV, jnp.float32), multiply(dlogits_CV, w_DV.T, x_CD.dtype)
 
     dw_DV, dx = lax.scan(one_chunk, jnp.zeros(w_DV.shape, jnp.float32), chunks(x_BTD, target_BT, weight_BT))
     dx_BTD = dx.reshape(-1, x_BTD.shape[-1])[: target_BT.size].reshape(x_BTD.shape)
