@@ -1,7 +1,8 @@
 """Claim: a run that is broken on purpose goes on by itself and ends with the losses of one that was left alone.
 
-    python benchmarks/chaos.py                                       # two processes, three seeds of seven faults
+    python benchmarks/chaos.py                                       # two processes, three seeds with one fault of each kind
     python benchmarks/chaos.py --processes 4 --seeds 5 6 --faults 10 --workdir runs/chaos
+    python benchmarks/chaos.py --seeds 7 --kinds slow clock          # of these kinds alone
 
 Each seed is one supervised run of processes of fake devices, to which the faults of KINDS are done in a random order at random steps.
 A scheduler is played too: it starts the job again when a signal ended it, and says how many hosts there are. Odd seeds save locally as
@@ -10,12 +11,13 @@ stream gives a loss that is not finite; the tests have those).
 
 Losses, norms, validation losses and skipped steps of all steps must be those of the undisturbed run: exactly, but from the step on
 at which a run came back with fewer processes within a relative 1e-6. The table has by the clock of this script: "detected", from the
-fault until the run or its supervisor says so; "lost steps", taken again; "downtime", from then until the first step is done.
-The checkpoints are on a small tmpfs, to be filled; where mounting is not permitted they are in a directory, and the disk is not filled.
+fault until the run or its supervisor says so ("none": it had nothing to say); "lost steps", taken again; "downtime", from then until the
+first step is done. What the runs stand on (disk, network, memory, clock) is made by `chaos_world.py`; it takes root, and kinds of faults whose
+piece of it cannot be made are left out, with the reason.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -29,19 +31,44 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-KINDS = {
-    "kill": "SIGKILL of one process",
-    "hang": "SIGSTOP of one process",
-    "terminate": "SIGTERM of one process",
-    "preempt": "SIGTERM of the supervisor",
-    "truncate": "SIGKILL of all, newest checkpoint truncated",
-    "fill": "disk full",
-    "fewer": "SIGKILL of one process, half of them come back",
-}
+from chaos_world import ROOT, World
+
 FIRST, SPACING, JITTER, TAIL, SAVE_EVERY = 25, 30, 10, 30, 10  # steps
-DISK_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of fault. `needs`: a piece of the world. `lasts`: the steps, or at most the seconds, for which a fault stands that the run may bear in
+    silence; None where it has to say something. `ends`: whether the processes end of it. `alone`: whether a process without a peer can notice."""
+
+    says: str
+    needs: str = ""
+    lasts: tuple[int, int] | None = None
+    ends: bool = True
+    alone: bool = True
+
+
+KINDS = {
+    "kill": Kind("SIGKILL of one process"),
+    "coordinator": Kind("SIGKILL of the coordinator"),
+    "hang": Kind("SIGSTOP of one process", alone=False),
+    "terminate": Kind("SIGTERM of one process"),
+    "preempt": Kind("SIGTERM of the supervisor"),
+    "truncate": Kind("SIGKILL of all, newest checkpoint truncated"),
+    "rename": Kind("SIGKILL of all while a save is renamed"),
+    "flip": Kind("a bit flipped in a parameter or a moment", alone=False),
+    "fewer": Kind("SIGKILL of one process, half of them come back"),
+    "fill": Kind("disk full", "disk", ends=False),
+    "inodes": Kind("no inode left", "disk", ends=False),
+    "readonly": Kind("checkpoint directory read-only", "disk", ends=False),
+    "slow": Kind("disk slow (256 KiB/s)", "slow", (12, 40), ends=False),
+    "swap": Kind("30 % of the memory swapped", "swap", (12, 40), ends=False),
+    "pause": Kind("network of one process down for 6 s", "network", (SPACING, 6), ends=False, alone=False),
+    "unplug": Kind("network of one process down for 20 s", "network", (SPACING, 20), ends=False, alone=False),
+    "clock": Kind("the clock jumps by an hour", "", (2, 20), ends=False),
+}
 PATIENCE_SECONDS = 240
+MISCOMPUTED = 78  # the exit status of a run that found a wrong bit: somebody has to replace the host
 NOISE_STEPS = (22, 41)
 CONFIG = """
 def get_config():
@@ -51,6 +78,7 @@ def get_config():
         "mesh": {{"dp": {processes}}},
         "train": {{
             "num_steps": {num_steps}, "global_batch_size": 16, "seq_len": 128, "on_spike": "skip", "spike_factor": 5.0, "spike_window": 20,
+            "verify_every_steps": 5,
             "watchdog": {{"min_seconds": 10.0, "other_seconds": 45.0}},
         }},
         "optimizer": {{"peak_learning_rate": 1e-2, "warmup_steps": 5, "decay_steps": {num_steps}}},
@@ -63,6 +91,7 @@ RESULTS = ("loss", "grad_norm", "learning_rate", "tokens", "val_loss", "val_bits
 STEP = r"^\[0\] step (\d+)/"
 START = r"^\[0\] .*; (?:continues at step (\d+)|starts) in "
 DETECTED = r"\berror: |watchdog: |warning: |stopped after step|supervise: "
+ENDING = r"watchdog: |supervise: |\berror: "
 
 
 class Stuck(Exception):
@@ -72,8 +101,8 @@ class Stuck(Exception):
 class Job:
     """The supervised run in `directory`, and the lines that it printed, each with its time."""
 
-    def __init__(self, directory: Path, config: Path, processes: int, fields: tuple[str, ...]) -> None:
-        self.workdir = directory / "run"
+    def __init__(self, directory: Path, config: Path, processes: int, world: World, fields: tuple[str, ...]) -> None:
+        self.workdir, self.world = directory / "run", world
         self.hosts = directory / "hosts"  # how many there are: the launcher asks at every start
         self.hosts.write_text(str(processes))
         launch = ["bash", "-c", 'exec bash "$0" "$(cat "$1")" "${@:2}"', str(ROOT / "launch" / "local_multiprocess.sh"), str(self.hosts)]
@@ -85,7 +114,8 @@ class Job:
 
     def start(self) -> None:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        self.supervisor = subprocess.Popen(self._command, env=environment(), start_new_session=True, **pipes)
+        env = environment() | self.world.environment()
+        self.supervisor = subprocess.Popen(self._command, env=env, start_new_session=True, **pipes)
         threading.Thread(target=self._read, args=(self.supervisor.stdout,), daemon=True).start()
 
     def processes(self) -> list[int]:
@@ -117,6 +147,10 @@ class Job:
         while int(match[1]) < step:
             number, _, match = self.wait_for(STEP, number + 1)
 
+    def num_steps(self, since: int) -> int:
+        """Returns how many steps were shown from line number `since` on."""
+        return sum(re.search(STEP, line) is not None for _, line in self.lines[since:])
+
     def wait(self) -> int:
         try:
             return self.supervisor.wait(PATIENCE_SECONDS)
@@ -142,10 +176,12 @@ class Job:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--faults", type=int, default=7, help="for each seed (default 7, one of each kind)")
+    parser.add_argument("--faults", type=int, default=len(KINDS), help="for each seed (default: one of each kind)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--processes", type=int, choices=(2, 4), default=2)
     parser.add_argument("--workdir", type=Path, help="kept; default: a temporary directory that is removed")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unmounts, too
     root = Path(tempfile.mkdtemp(prefix="herd-chaos-")) if args.workdir is None else args.workdir.absolute()
     num_steps = FIRST + SPACING * args.faults + TAIL
     try:
@@ -154,7 +190,7 @@ def main():
         undisturbed = run_undisturbed(root, config, args.processes)
         skipped = [step for step, line in undisturbed.items() if line["skipped_steps"]]
         print(f"undisturbed: {num_steps} steps, loss {undisturbed[num_steps]['loss']:.4f}, left out {skipped}", flush=True)
-        runs = [run_seed(root / f"seed-{seed}", config, args.processes, seed, args.faults, undisturbed) for seed in args.seeds]
+        runs = [run_seed(root / f"seed-{seed}", config, args, seed, undisturbed) for seed in args.seeds]
     finally:
         if args.workdir is None:
             shutil.rmtree(root)
@@ -195,27 +231,26 @@ def run_undisturbed(root: Path, config: Path, processes: int) -> dict[int, dict]
     return read_results(workdir)
 
 
-def run_seed(directory: Path, config: Path, processes: int, seed: int, num_faults: int, undisturbed: dict[int, dict]) -> dict:
+def run_seed(directory: Path, config: Path, args: argparse.Namespace, seed: int, undisturbed: dict[int, dict]) -> dict:
     """Runs, disturbs, compares, prints the table."""
     shutil.rmtree(directory, ignore_errors=True)
-    disk = directory / "run" / "checkpoints"
-    disk.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    world, processes = World(directory, args.processes), args.processes
+    left_out = {name: world.missing[KINDS[name].needs] for name in args.kinds if KINDS[name].needs in world.missing}
     chance = random.Random(seed)
-    plan = draw(chance, num_faults, mounted)
+    plan = draw(chance, args.faults, [name for name in args.kinds if name not in left_out])
     fields = (f"--config.checkpoint.local_directory={directory / 'run' / 'local'}",) if seed % 2 else ()
-    print(f"\nseed {seed}" + ("" if mounted else " (disk full left out: mounting a tmpfs is not permitted here)"), flush=True)
+    print(f"\nseed {seed}" + "".join(f"; {name} is left out ({why})" for name, why in left_out.items()), flush=True)
     print(f"{'fault':<47} {'step':>5} {'detected':>9} {'lost steps':>10} {'downtime':>9}", flush=True)
-    job, done, difference, failure = Job(directory, config, processes, fields), [], None, None
+    job, done, difference, failure = Job(directory, config, processes, world, fields), [], None, None
     try:
         since = 0
-        for index, kind in enumerate(plan):
+        for index, name in enumerate(plan):
             job.wait_for_step(FIRST + SPACING * index + chance.randrange(JITTER), since)
-            fault, since = inject(job, kind, processes, chance)
+            fault, since = inject(job, name, processes, chance)
             done.append(fault)
+            detected = "none" if fault["detected_s"] is None else f"{fault['detected_s']:.1f} s"
             down = f"{fault['downtime_s']:.1f} s" if fault["restarted"] else "none"
-            print(f"{KINDS[kind]:<47} {fault['step']:>5} {fault['detected_s']:>7.1f} s {fault['lost_steps']:>10} {down:>9}", flush=True)
+            print(f"{KINDS[name].says:<47} {fault['step']:>5} {detected:>9} {fault['lost_steps']:>10} {down:>9}", flush=True)
         if (status := job.wait()) != 0:
             raise Stuck(f"the supervisor ended with {status}")
         tolerant_from = min((fault["continued_at"] for fault in done if fault["kind"] == "fewer"), default=None)
@@ -227,58 +262,128 @@ def run_seed(directory: Path, config: Path, processes: int, seed: int, num_fault
         print(f"FAILED: {failure}", flush=True)
     finally:
         job.end()
-        if mounted:
-            subprocess.run(["umount", str(disk)], check=True)
+        world.close()
     incidents = read_lines(job.workdir / "incidents.jsonl")
     return {"seed": seed, "faults": done, "incidents": incidents, "largest_relative_difference": difference, "failure": failure}
 
 
-def draw(chance: random.Random, num_faults: int, mounted: bool) -> list[str]:
-    """Each kind as often as another, give or take one; no hang of a process that is alone and so has nobody to notice it."""
-    kinds = [kind for kind in KINDS if mounted or kind != "fill"]
+def draw(chance: random.Random, num_faults: int, names: list[str]) -> list[str]:
+    """Draws each kind as often as another, give or take one; no fault that only a peer could notice for a process that is alone."""
     while True:
-        rounds = [chance.sample(kinds, len(kinds)) for _ in range(-(-num_faults // len(kinds)))]
-        plan = [kind for kinds in rounds for kind in kinds][:num_faults]
-        if ("fewer", "hang") not in zip(plan, plan[1:]):
+        rounds = [chance.sample(names, len(names)) for _ in range(-(-num_faults // len(names)))]
+        plan, alone, possible = [name for names in rounds for name in names][:num_faults], False, True
+        for name in plan:
+            possible &= KINDS[name].alone or not alone
+            alone = name == "fewer" or alone and not KINDS[name].ends
+        if possible:
             return plan
 
 
-def inject(job: Job, kind: str, processes: int, chance: random.Random) -> tuple[dict, int]:
+def inject(job: Job, name: str, processes: int, chance: random.Random) -> tuple[dict, int]:
     """Does it, waits until the run has moved again; the row of the table, and the number of the line at which it had."""
-    pids, since, ballast = job.processes(), len(job.lines), job.workdir / "checkpoints" / "ballast"
-    victim = chance.choice(pids)
-    job.hosts.write_text(str(processes // 2 if kind == "fewer" else processes))
-    start = time.time()
-    if kind == "fill":
-        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-            while file.write(bytes(1 << 20)):
-                pass
-    elif kind == "truncate":
-        for pid in pids:
-            send(pid, signal.SIGKILL)
-        truncate_newest(job.workdir, chance)
-    elif kind == "preempt":
-        send(job.supervisor.pid, signal.SIGTERM)
-    else:
-        send(victim, {"hang": signal.SIGSTOP, "terminate": signal.SIGTERM}.get(kind, signal.SIGKILL))
-    number, detected, _ = job.wait_for(DETECTED, since)
-    if kind == "preempt":
-        if (status := job.wait()) != 75:
-            raise Stuck(f"the supervisor that was told to end did so with {status}")
-        job.start()
-    ballast.unlink(missing_ok=True)
-    restarted, begun = kind != "fill", None
-    if restarted:
+    kind, since, start = KINDS[name], len(job.lines), time.time()
+    if kind.ends:
+        job.hosts.write_text(str(processes // 2 if name == "fewer" else processes))
+        detected = kill(job, name, since, chance)
         number, _, begun = job.wait_for(START, since)
+    else:
+        detected = disturb(job, name, since, chance)
+        number, begun = len(job.lines), None
+        if job.find(ENDING, since) and (found := wait_for_start(job, since)):
+            number, _, begun = found
     moved_at, moved, step = job.wait_for(STEP, number + 1)
-    if kind == "fill" and (found := job.find(START, since)):  # it should cost one save, but it ended the process
-        restarted, (number, _, begun) = True, found
-    if kind == "truncate" and not job.find("is unreadable", since):
+    if name == "truncate" and not job.find("is unreadable", since):
         raise Stuck("nobody noticed the truncated checkpoint")
     shown = [int(match[1]) for _, line in job.lines[:number] if (match := re.search(STEP, line))]
-    reached, continued = (shown[-1], int(begun[1] or 0)) if restarted else (int(step[1]), int(step[1]))
-    row = {"kind": kind, "step": reached, "detected_s": round(detected - start, 2), "restarted": restarted, "continued_at": continued}
-    return row | {"lost_steps": max(reached - continued, 0), "downtime_s": round(moved - detected, 2) if restarted else 0.0}, moved_at
+    reached, continued = (shown[-1], int(begun[1] or 0)) if begun else (int(step[1]), int(step[1]))
+    row = {"kind": name, "step": reached, "detected_s": detected and round(detected - start, 2), "restarted": bool(begun), "continued_at": continued}
+    lost, down = max(reached - continued, 0), round(moved - (detected or start), 2) if begun else 0.0
+    return row | {"lost_steps": lost, "downtime_s": down}, moved_at
+
+
+def kill(job: Job, name: str, since: int, chance: random.Random) -> float:
+    """Does a fault of which the processes end; returns when the run or its supervisor said so."""
+    pids = job.processes()
+    victim = chance.choice(pids)
+    if name in ("truncate", "rename"):
+        if name == "rename":
+            wait_for_rename(job.workdir / "checkpoints")
+        for pid in pids:
+            send(pid, signal.SIGKILL)
+        if name == "truncate":
+            truncate_newest(job.workdir, chance)
+    elif name == "preempt":
+        send(job.supervisor.pid, signal.SIGTERM)
+    elif name == "flip":
+        return flip(job, pids.index(victim), since)
+    else:
+        number = {"hang": signal.SIGSTOP, "terminate": signal.SIGTERM}.get(name, signal.SIGKILL)
+        send(pids[0] if name == "coordinator" else victim, number)
+    _, detected, _ = job.wait_for(DETECTED, since)
+    if name == "preempt":
+        start_again(job, 75)
+    return detected
+
+
+def flip(job: Job, process: int, since: int) -> float:
+    """Flips bits, of which a running step may overwrite some, until one is found; then plays the operator, who has replaced the host."""
+    for _ in range(20):
+        job.world.flip_bit(process)
+        at = len(job.lines)
+        while not (found := job.find(r"\berror: .*(copies of|computed twice)", since)) and len(job.lines) < at + 30:
+            time.sleep(0.02)
+        if found:
+            start_again(job, MISCOMPUTED)
+            return found[1]
+    raise Stuck("nobody noticed a flipped bit")
+
+
+def start_again(job: Job, expected: int) -> None:
+    if (status := job.wait()) != expected:
+        raise Stuck(f"the supervisor ended with {status}, not with {expected}")
+    job.start()
+
+
+def disturb(job: Job, name: str, since: int, chance: random.Random) -> float | None:
+    """Does a fault that the run should bear, until it has said so or for as long as the kind says; returns when it said so, if it did."""
+    world, victim = job.world, chance.randrange(len(job.processes()))
+    fault = {
+        "fill": world.full_disk, "inodes": world.no_inodes, "readonly": world.read_only_disk, "slow": world.slow_disk, "swap": world.little_memory,
+        "pause": lambda: world.network_pause(victim), "unplug": lambda: world.network_pause(victim),
+        "clock": lambda: world.shifted_clock(chance.choice([-3600, 3600])),
+    }[name]  # fmt: skip
+    lasts = KINDS[name].lasts
+    with fault():
+        if lasts is None:
+            job.wait_for(DETECTED, since)
+        else:
+            steps, seconds = lasts
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and job.num_steps(since) < steps:
+                time.sleep(0.05)
+    found = job.find(DETECTED, since)
+    return found and found[1]
+
+
+def wait_for_start(job: Job, since: int) -> tuple[int, float, re.Match] | None:
+    """Waits for the start that a message of an ending run announces; None where steps go on instead."""
+    number, end = job.find(ENDING, since)[0], time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        if found := job.find(START, since):
+            return found
+        if job.num_steps(number) > SAVE_EVERY:
+            return None
+        time.sleep(0.05)
+    raise Stuck(f"the run neither went on nor started again in {PATIENCE_SECONDS} s")
+
+
+def wait_for_rename(checkpoints: Path) -> None:
+    """Returns as soon as a save has its final name."""
+    known, end = set(os.listdir(checkpoints)), time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        if any(name.isdigit() for name in set(os.listdir(checkpoints)) - known):
+            return
+    raise Stuck("no checkpoint was saved")
 
 
 def truncate_newest(workdir: Path, chance: random.Random) -> None:

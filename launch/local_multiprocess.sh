@@ -28,7 +28,7 @@ PROGRAM
 export HERD_COORDINATOR=localhost:$port
 
 set -m  # process groups of their own: Ctrl-C reaches this script alone, which passes it on
-label() { trap '' INT TERM USR1; exec sed -u "/^\[Gloo\] Rank/d; /peer ranks. Expected number/d; s/^/[$1] /"; }  # Gloo's threads cut each other's lines
+label() { trap '' INT TERM USR1; exec sed -u "/^\[Gloo\] Rank/d; /connected peer ranks/d; s/^/[$1] /"; }  # Gloo's threads cut each other's lines
 pids=()
 for ((i = 0; i < HERD_NUM_PROCESSES; i++)); do
     HERD_PROCESS_ID=$i "$python" -m herd_jax.train "$@" > >(label "$i") 2> >(label "$i" >&2) &

@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 _NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)  # jax's own errors, such as device memory, are RuntimeErrors
 _NOT_DAMAGE_TEXTS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
 _MIN_CHUNK_BYTES = 1 << 20  # smaller chunks cost noticeably more
+_FILES_OF_A_SAVE = 64  # of each process, directories too
 _barriers = itertools.count()
 
 
@@ -85,16 +85,22 @@ def state_to_restore(abstract_state: Any, private: bool) -> ocp.args.CheckpointA
 
 
 def require_room(directory: Path, state: Any, private: bool) -> None:
-    """Raises OSError on all processes where the disk has no room for `state`.
+    """Raises OSError on all processes where the disk cannot take `state`: read-only, too few bytes or too few inodes.
 
-    Where it fills up later, some processes are left waiting in Orbax's barriers.
+    Where that comes later, some processes are left waiting in Orbax's barriers.
     """
     arrays = jax.tree.leaves(state)
     if private:
         arrays = [shard.data for array in arrays for shard in array.addressable_shards]
-    full = shutil.disk_usage(directory).free < sum(array.nbytes for array in arrays)
-    if on_any(full, "saving a checkpoint"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    disk, problem = os.statvfs(directory), None
+    if disk.f_flag & os.ST_RDONLY:
+        problem = os.strerror(errno.EROFS)
+    elif disk.f_bavail * disk.f_frsize < sum(array.nbytes for array in arrays):
+        problem = os.strerror(errno.ENOSPC)
+    elif 0 < disk.f_files and disk.f_favail < _FILES_OF_A_SAVE * jax.process_count():  # some file systems have no limit, and say 0
+        problem = "no inode is left: remove files from that file system"
+    if on_any(problem is not None, "saving a checkpoint"):
+        raise OSError(problem or "another process could not")
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:

@@ -367,6 +367,32 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, capfd, caplog
     assert all("is half-written" in line for line in printed)
 
 
+@pytest.mark.parametrize("fault, problem", [("inodes", "no inode is left: remove files"), ("read-only", "Read-only file system")])
+def test_a_disk_without_inodes_or_without_permission_loses_nothing(small_disk, fault, problem):
+    if fault == "inodes":
+        subprocess.run(["mount", "-o", "remount,nr_inodes=300", small_disk], check=True)
+    state = {"w": jnp.arange(1000.0)}
+    checkpointer = Checkpointer(small_disk / "checkpoints", keep=1)
+    checkpointer.save(1, state, CONFIG, {})
+    checkpointer.wait()
+    if fault == "inodes":
+        for i in range(250):
+            (small_disk / str(i)).touch()
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(SaveFailed, match=problem):
+        checkpointer.save(2, state, CONFIG, {})
+    assert checkpointer.steps() == [1]
+    if fault == "inodes":
+        for i in range(250):
+            (small_disk / str(i)).unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    checkpointer.save(3, state, CONFIG, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [3]
+
+
 def test_a_disk_that_one_process_alone_found_full(small_disk, monkeypatch):
     """The others, in Orbax's barrier, do not come to ours."""
 
