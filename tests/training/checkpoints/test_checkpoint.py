@@ -367,6 +367,15 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, capfd, caplog
     assert all("is half-written" in line for line in printed)
 
 
+def test_what_one_process_alone_reads_wrongly_no_process_takes(tmp_path, monkeypatch, capfd):
+    """A bit that flipped in one copy of a leaf, just before a save of private checkpoints, was found by that process alone."""
+    save_steps(tmp_path, [1, 2])
+    checkpointer, found = Checkpointer(tmp_path, keep=2), iter([True, False])
+    monkeypatch.setattr(orbax_storage, "on_any", lambda flag, what, seconds=None: next(found) if what == "verifying a checkpoint" else flag)
+    assert checkpointer.restore(abstract(place(make_state(), mesh(8), P("x")))).step == 1
+    assert "the checkpoint of step 2 is unreadable (another process read data that changed)" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("fault, problem", [("inodes", "no inode is left: remove files"), ("read-only", "Read-only file system")])
 def test_a_disk_without_inodes_or_without_permission_loses_nothing(small_disk, fault, problem):
     if fault == "inodes":
