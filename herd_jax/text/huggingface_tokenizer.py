@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from herd_jax.text.protocol import EOS_NAMES, STOP_NAMES, Tokenizer, import_extra, read_config
+from herd_jax.errors import UserError
+from herd_jax.text.protocol import EOS_NAMES, STOP_NAMES, Tokenizer, added_tokens, import_extra, read_config, special_names
 
 # What begin and padding tokens are commonly called, where no tokenizer_config.json beside the file says so.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
@@ -12,18 +13,19 @@ PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; `tokenizer_config.json`, where it lies beside, names the begin, end and padding tokens."""
+    """A `tokenizer.json`; the files that lie beside name the begin, end and padding tokens, and may add tokens. How texts were cut or filled up
+    when the file was saved, and the chance with which it dropped merges, are left out: they are not part of the tokenizer."""
 
     def __init__(self, data: bytes, beside: Mapping[str, bytes]) -> None:
         tokenizers = import_extra("tokenizers", "a tokenizer.json")
+        data = _without_state(data)
         self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        self._add(tokenizers.AddedToken, added_tokens(beside))
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        config = read_config(beside)
+        config, named = read_config(beside), special_names(beside)
 
         def name_of(field: str, usual_names: Sequence[str]) -> str | None:
-            token = config.get(field)
-            name = token["content"] if isinstance(token, dict) else token
-            return next((name for name in ([name] if name else usual_names) if name in vocabulary), None)
+            return next((name for name in ([named[field]] if named.get(field) else usual_names) if name in vocabulary), None)
 
         bos, eos, pad = name_of("bos_token", BOS_NAMES), name_of("eos_token", EOS_NAMES), name_of("pad_token", PAD_NAMES)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -42,6 +44,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self._is_byte_level = '"ByteLevel"' in steps.get("decoder", "")  # each character of a token's name is a byte
         self.adds_bos = self._tokenizer.encode("a").ids[:1] == [self.bos_id] or config.get("add_bos_token") is True
 
+    def _add(self, added_token: type, tokens: Mapping[int, dict]) -> None:
+        """Adds the tokens that the file itself has not. Raises UserError where they do not get the ids that they are listed with."""
+        for token_id, token in tokens.items():
+            own = self._tokenizer.get_added_tokens_decoder().get(token_id)
+            if own is None or own.content != token["content"]:
+                flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in token}
+                self._tokenizer.add_tokens([added_token(token["content"], **flags)])
+                if (got := self._tokenizer.token_to_id(token["content"])) != token_id:
+                    raise UserError(
+                        f"the added token {token['content']} is listed with the id {token_id} beside a tokenizer.json in which it gets {got}: "
+                        "they do not belong together, so copy the tokenizer's files again"
+                    )
+
     def num_bytes(self, token_id: int) -> int:
         name = self._tokenizer.id_to_token(token_id)
         if name is None or name in self.special_ids:
@@ -55,6 +70,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode_ids(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _without_state(data: bytes) -> bytes:
+    """Returns a tokenizer.json that neither cuts texts nor fills them up nor drops merges at random."""
+    content = json.loads(data)
+    dropout = isinstance(content.get("model"), dict) and content["model"].get("dropout")
+    if not (content.get("truncation") or content.get("padding") or dropout):
+        return data
+    content |= {"truncation": None, "padding": None, "model": content["model"] | {"dropout": None}}
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _is_special(added: Mapping, token_id: int) -> bool:

@@ -18,7 +18,10 @@ from herd_jax.errors import UserError
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
-BESIDE_FILES = (CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE)
+SPECIAL_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a generation_config.json
+ADDED_FILE = "added_tokens.json"
+SPECIAL_FILE = "special_tokens_map.json"
+BESIDE_FILES = (CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE, ADDED_FILE, SPECIAL_FILE)
 
 # What tokens that end a text are commonly called, and those that end a message.
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
@@ -86,6 +89,13 @@ class Tokenizer(abc.ABC):
         """Cuts `text` at the special tokens it spells: plain parts (possibly empty) at the even places, special tokens at the odd ones."""
         return self._special_pattern.split(text) if self._special_pattern else [text]
 
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """Returns the special ids that generation needs: begin, padding, and every id that ends an answer."""
+        told, stop = read_config(self._files, GENERATION_FILE), list(self.stop_ids)
+        own = (self.bos_id, stop[0] if len(stop) == 1 else stop or None, self.pad_id)
+        return {name: told.get(name) if i is None else i for name, i in zip(SPECIAL_ID_FIELDS, own, strict=True)}
+
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer's files into `directory`, which `load_tokenizer` then accepts. Raises UserError where that cannot be.
 
@@ -124,6 +134,22 @@ class Tokenizer(abc.ABC):
 
 def read_config(files: Mapping[str, bytes], name: str = CONFIG_FILE) -> dict[str, Any]:
     return json.loads(files.get(name, b"{}"))
+
+
+def special_names(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Returns what the files beside a tokenizer call the begin token ("bos_token"), the end token and so on."""
+    named = read_config(files, SPECIAL_FILE) | {field: token for field, token in read_config(files).items() if token is not None}
+    contents = {field: token["content"] if isinstance(token, dict) else token for field, token in named.items() if field.endswith("_token")}
+    return {field: content for field, content in contents.items() if isinstance(content, str)}
+
+
+def added_tokens(files: Mapping[str, bytes]) -> dict[int, dict[str, Any]]:
+    """Returns the tokens that the files beside a tokenizer list as added, by id: each with its content, whether it is special, and how it
+    treats the spaces around it, as transformers reads them (of two lists, the one in tokenizer_config.json holds)."""
+    more = read_config(files, SPECIAL_FILE).get("additional_special_tokens") or read_config(files).get("additional_special_tokens") or []
+    special = {*special_names(files).values(), *(token["content"] if isinstance(token, dict) else token for token in more), *STOP_NAMES}
+    listed = {int(i): {"content": name, "special": name in special} for name, i in read_config(files, ADDED_FILE).items()}
+    return dict(sorted((listed | {int(i): token for i, token in (read_config(files).get("added_tokens_decoder") or {}).items()}).items()))
 
 
 def _chat_template(files: Mapping[str, bytes]) -> str | None:

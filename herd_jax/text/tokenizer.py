@@ -6,6 +6,7 @@ Special tokens typed by a user stay text unless `allow_special`; a beginning-of-
 `decode` leaves special tokens out; `save` writes what `load_tokenizer` needs to read the same tokenizer back.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from herd_jax.files import user_path
 from herd_jax.text.gguf_tokenizer import GGUF_MAGIC, read_gguf_tokenizer
 from herd_jax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from herd_jax.text.llama3_tokenizer import Llama3Tokenizer
-from herd_jax.text.protocol import BESIDE_FILES, Tokenizer
+from herd_jax.text.protocol import BESIDE_FILES, GENERATION_FILE, SPECIAL_ID_FIELDS, Tokenizer, read_config
 from herd_jax.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer"]
@@ -48,9 +49,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if str(name_or_path) == "bytes":
         return ByteTokenizer({})
     path = _tokenizer_file(user_path(name_or_path))
-    beside = {name: path.with_name(name).read_bytes() for name in BESIDE_FILES if path.with_name(name).is_file()}
     try:
-        return _read(path, beside)
+        return _read(path, _files_beside(path))
     except UserError:
         raise
     except Exception as error:  # the libraries raise bare Exception or RuntimeError on a file that they cannot read
@@ -70,6 +70,18 @@ def _read(path: Path, beside: Mapping[str, bytes]) -> Tokenizer:
     if data.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(data, beside)
     return SentencePieceTokenizer(data, beside)
+
+
+def _files_beside(path: Path) -> dict[str, bytes]:
+    """Returns the files that say more about a tokenizer. The special ids that only the model's config.json has are among them."""
+    files = {name: path.with_name(name).read_bytes() for name in BESIDE_FILES if path.with_name(name).is_file()}
+    if (config := path.with_name("config.json")).is_file():
+        generation = read_config(files, GENERATION_FILE)
+        of_model = json.loads(config.read_bytes())
+        missing = {name: of_model[name] for name in SPECIAL_ID_FIELDS if generation.get(name) is None and of_model.get(name) is not None}
+        if missing:
+            files[GENERATION_FILE] = json.dumps(generation | missing, indent=2).encode()
+    return files
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -321,3 +321,75 @@ def test_saving_leaves_alone_what_is_there_and_names_what_cannot_be(made, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the tokenizer to .*file/below"):
         made["huggingface"].save(tmp_path / "file" / "below")
+
+
+def test_state_saved_in_a_file_is_not_part_of_the_tokenizer(made, tmp_path):
+    """A tokenizer.json keeps how texts were cut and filled up when it was saved, and the dropout of its training."""
+    text = "the cat in the hat " * 40
+    tokenizers = pytest.importorskip("tokenizers")
+    made["huggingface"].save(tmp_path)
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved.enable_truncation(16)
+    saved.enable_padding(length=64, pad_token="<|custom_end|>", pad_id=1)
+    saved.model.dropout = 0.5
+    saved.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for of in (text, "hi", PROBE):
+        assert tokenizer.encode(of) == made["huggingface"].encode(of)
+    tokenizer.save(tmp_path / "copy")
+    assert len(tokenizers.Tokenizer.from_file(str(tmp_path / "copy" / "tokenizer.json")).encode("hi").ids) < 8
+    assert tokenizer.fingerprint == made["huggingface"].fingerprint
+
+
+@pytest.mark.parametrize("place", ["added_tokens_decoder", "added_tokens.json"])
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
+def test_tokens_added_outside_the_main_file(made, kind, place, tmp_path):
+    made[kind].save(tmp_path)
+    size = made[kind].vocab_size
+    config = {**json.loads((tmp_path / "tokenizer_config.json").read_text()), "eos_token": "<|turn|>"} if kind == "huggingface" else {}
+    if place == "added_tokens_decoder":
+        added = {str(size): {"content": "<|turn|>", "special": True}, str(size + 1): {"content": "<tool>", "special": False}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": size + 1, "<|turn|>": size}))
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": [{"content": "<|turn|>"}]}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == size + 2 and tokenizer.special_ids["<|turn|>"] == size
+    assert kind == "sentencepiece" or size in tokenizer.stop_ids
+    text = "the cat <tool>in  the hat<tool> <|turn|>"
+    ids = tokenizer.encode(text)
+    assert ids.count(size + 1) == 2 and size not in ids and tokenizer.decode(ids) == text
+    assert sum(map(tokenizer.num_bytes, ids)) == len(text.encode())
+    with_special = tokenizer.encode(text, allow_special=True)
+    assert with_special[-1] == size and tokenizer.decode(with_special) == text.removesuffix("<|turn|>")
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").encode(text, allow_special=True) == with_special
+
+
+def test_stop_tokens_that_chatml_adds_to_sentencepiece(made, tmp_path):
+    made["sentencepiece"].save(tmp_path)
+    size = made["sentencepiece"].vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size, "<|im_end|>": size + 1}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert size + 1 in tokenizer.stop_ids
+    assert tokenizer.encode("a<|im_end|>", allow_special=True)[-1] == size + 1
+
+
+def test_added_tokens_of_other_ids_are_refused(made, tmp_path):
+    made["huggingface"].save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|turn|>": 9000}))
+    with pytest.raises(UserError, match="<.turn.> is listed with the id 9000 .* gets 300: they do not belong together"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_ids_that_only_the_config_of_the_model_has(made, tmp_path):
+    made["huggingface"].save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [1, 7], "pad_token_id": 9}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == (1, 3, 7)
+    assert tokenizer.generation_config == {"bos_token_id": 0, "eos_token_id": [1, 3, 7], "pad_token_id": 9}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5, "top_p": 0.5}')  # which says it for generation
+    assert load_tokenizer(tmp_path).stop_ids == (1, 3, 5)
+    load_tokenizer(tmp_path).save(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": 5, "top_p": 0.5, "pad_token_id": 9}

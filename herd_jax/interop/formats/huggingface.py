@@ -15,7 +15,7 @@ from herd_jax.interop.formats.safetensors import SafetensorsFiles, files_of, wri
 from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
-from herd_jax.text.protocol import GENERATION_FILE, Tokenizer
+from herd_jax.text.protocol import GENERATION_FILE, SPECIAL_ID_FIELDS, Tokenizer
 
 CONFIG_FILE = "config.json"
 # What a Llama's config says in these fields, if it has them.
@@ -114,11 +114,7 @@ def make_config(config: LlamaConfig, dtype: str, context_length: int, tokenizer:
 
 
 def make_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Returns the special ids that generation needs: begin, padding, and every id that ends an answer."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    stop = list(tokenizer.stop_ids)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop[0] if len(stop) == 1 else stop or None, "pad_token_id": tokenizer.pad_id}
+    return tokenizer.generation_config if tokenizer else dict.fromkeys(SPECIAL_ID_FIELDS)
 
 
 def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
