@@ -14,6 +14,7 @@ from typing import IO
 from herd_jax.errors import UserError
 
 UNFINISHED = ".unfinished"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def user_path(path: str | os.PathLike) -> Path:
@@ -22,6 +23,13 @@ def user_path(path: str | os.PathLike) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path} names a home directory that does not exist: write the path out, or begin it with ./") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError where a file is only the pointer that Git LFS leaves in its place."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS in place of the file: fetch it with git lfs pull, or download the file")
 
 
 def unfinished(path: Path, shared: bool = False) -> Path:

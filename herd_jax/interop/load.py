@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.files import user_path
+from herd_jax.files import refuse_pointer, user_path
 from herd_jax.interop.formats import gguf, herd, huggingface, meta, workdir
 from herd_jax.interop.formats.mapping import parameter_name
 from herd_jax.interop.source import Source
@@ -27,9 +27,13 @@ def open_source(path: str | Path) -> Source:
         with path.open("rb") as file:
             if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
                 return gguf.open_gguf(path)
+        refuse_pointer(path)
         raise UserError(f"{path} is no GGUF file: name one, or the directory of a model")
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name the directory of a model, or a GGUF file")
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1 and not list(path.glob("*.safetensors*")) and not (path / meta.CONFIG_FILE).exists():  # a config.json may lie beside it
+        return gguf.open_gguf(ggufs[0])
     for sign, opener in (
         (herd.CONFIG_FILE, herd.open_herd),
         (huggingface.CONFIG_FILE, huggingface.open_huggingface),
@@ -40,11 +44,8 @@ def open_source(path: str | Path) -> Source:
     ):
         if (path / sign).exists():
             return opener(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return gguf.open_gguf(files[0])
-    if files:
-        raise UserError(f"{path} holds {len(files)} GGUF files: name one of them")
+    if ggufs:
+        raise UserError(f"{path} holds {len(ggufs)} GGUF files: name one of them")
     signs = "config.json (Hugging Face), params.json (Meta), herd.json, checkpoints (a training run) or a GGUF file"
     raise UserError(f"{path} holds no model: one has {signs}; name another directory")
 

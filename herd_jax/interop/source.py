@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +61,8 @@ class Source(abc.ABC):
 
 def check_tokenizer(config: LlamaConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError where the tokenizer has ids for which the model has no embedding."""
-    if tokenizer.vocab_size > config.vocab_size:
+    beyond = range(config.vocab_size, tokenizer.vocab_size)
+    if not set(beyond) <= set(tokenizer.special_ids.values()):  # tokens for a padding that the model has never seen are never written by a text
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocabulary {config.vocab_size} rows: "
             "they do not belong together, so put the model's own tokenizer beside it"
@@ -138,6 +139,17 @@ def parse_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
         raise UserError(f"{path} lacks {error.args[0]}: take a complete copy of the model") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the description of a model: copy it again") from error
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Collection[str], beginnings: tuple[str, ...], path: Path, prefix: str = "") -> None:
+    """Raises UserError naming the first field that is neither `known` nor has one of the `beginnings`, and says something: not null, false, 0 or
+    empty. It may change what the model computes."""
+    for name, value in values.items():
+        if value and name not in known and not name.startswith(beginnings):
+            raise UserError(
+                f"{path} has {prefix}{name} {json.dumps(value, default=str):.80}, of which it is not known here whether it changes what the model "
+                "computes: remove the field if it does not"
+            )
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -8,11 +8,12 @@ Special tokens typed by a user stay text unless `allow_special`; a beginning-of-
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 from herd_jax.errors import UserError
-from herd_jax.files import user_path
+from herd_jax.files import refuse_pointer, user_path
 from herd_jax.text.gguf_tokenizer import GGUF_MAGIC, read_gguf_tokenizer
 from herd_jax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from herd_jax.text.llama3_tokenizer import Llama3Tokenizer
@@ -21,6 +22,7 @@ from herd_jax.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer"]
 
+RANK_LINE = rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n"  # of a tiktoken file
 BYTES_FILE = b"bytes\n"  # the whole of what a saved byte tokenizer consists of
 
 
@@ -49,13 +51,25 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if str(name_or_path) == "bytes":
         return ByteTokenizer({})
     path = _tokenizer_file(user_path(name_or_path))
+    refuse_pointer(path)
     try:
         return _read(path, _files_beside(path))
     except UserError:
         raise
     except Exception as error:  # the libraries raise bare Exception or RuntimeError on a file that they cannot read
-        kinds = "a tiktoken rank file, a SentencePiece model, a Hugging Face tokenizer.json or a GGUF file"
-        raise UserError(f"{path} is not {kinds}, or it or a file beside it is damaged: name another tokenizer") from error
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder="...")
+        raise UserError(
+            f"{path} cannot be read as {_kind(path)} ({reason}): it or a file beside it is damaged, or made for a newer version of the library "
+            "that reads it, so copy it again, upgrade that library, or name another tokenizer"
+        ) from error
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(512)
+    kinds = {GGUF_MAGIC: "a GGUF file", b"{": "a Hugging Face tokenizer.json"}
+    found = next((kind for sign, kind in kinds.items() if start.lstrip().startswith(sign)), None)
+    return found or ("a tiktoken rank file" if re.match(RANK_LINE, start) else "a SentencePiece model")
 
 
 def _read(path: Path, beside: Mapping[str, bytes]) -> Tokenizer:
@@ -65,7 +79,7 @@ def _read(path: Path, beside: Mapping[str, bytes]) -> Tokenizer:
     data = path.read_bytes()
     if data == BYTES_FILE:
         return ByteTokenizer(beside)
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data):
+    if re.match(RANK_LINE, data):
         return Llama3Tokenizer(data, beside)
     if data.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(data, beside)

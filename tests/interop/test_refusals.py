@@ -36,6 +36,9 @@ def change_config(model, **changes):
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     "changes, match",
     [
@@ -49,6 +52,16 @@ def change_config(model, **changes):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scales RoPE in the way 'linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "scales RoPE in the way 'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "scales RoPE in the way 'dynamic'"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "has the rope_theta 7.0 and"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_parameters and rope_scaling that contradict each other"),
+        ({"rope_scaling": {**LLAMA3, "type": "linear"}}, "has the rope_type llama3 and the type linear in rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "has rope_parameters.mscale 2.0, of which it is not known"),
+        ({"residual_multiplier": 0.22}, "has residual_multiplier 0.22, of which it is not known here whether it changes what"),
+        ({"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping 50.0"),
+        ({"rope_interleaved": True}, "has rope_interleaved true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types sliding_attention"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is of a LlamaForSequenceClassification: only language models"),
         ({"intermediate_size": 50}, r"layers.0.mlp.down_proj.weight in .* is \[32, 48\] and its config asks for \[32, 50\]"),
         ({"num_hidden_layers": 6}, "lacks the tensor model.layers.5.input_layernorm.weight"),
         ({"num_hidden_layers": 4}, "has the tensor model.layers.4.input_layernorm.weight, which a Llama of its config has not"),
@@ -60,6 +73,48 @@ def change_config(model, **changes):
 def test_configs(model, changes, match):
     change_config(model, **changes)
     refused(model, match)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": None},
+        {"rope_interleaved": False, "attention_multiplier": None, "unsloth_version": "2025.1", "transformers.js_config": {"dtype": "q4"}},
+        {"layer_types": ["full_attention"] * 3, "_attn_implementation_autoset": True, "max_length": 20, "is_llama_config": True},
+    ],
+)
+def test_configs_with_fields_that_change_nothing(model, changes):
+    expected = open_source(model).config
+    change_config(model, **changes)
+    assert open_source(model).config == expected
+
+
+def test_a_stale_index_beside_the_only_file(model, monkeypatch, tmp_path):
+    """transformers loads model.safetensors where it is there."""
+    monkeypatch.setattr(safetensors, "MAX_FILE_BYTES", 20_000)
+    save_random(tmp_path / "old")
+    expected = open_source(model).read("ends.head.norm")
+    for path in (tmp_path / "old").glob("*.safetensors*"):
+        path.rename(model / path.name)
+    assert (model / "model.safetensors.index.json").exists()
+    for shard in model.glob("model-*.safetensors"):
+        shard.unlink()
+    np.testing.assert_array_equal(open_source(model).read("ends.head.norm"), expected)
+
+
+def test_pointers_of_git_lfs_are_named(model):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("model.safetensors", "tokenizer.json"):
+        (model / name).write_bytes(pointer)
+    refused(model, "model.safetensors is a pointer of Git LFS in place of the file: fetch it with git lfs pull")
+    with pytest.raises(UserError, match="tokenizer.json is a pointer of Git LFS"):
+        load_tokenizer(model)
+
+
+def test_double_precision_is_not_called_quantized(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F64" ', 1))
+    refused(model, "is stored as F64: only .* are read, so save it again in one of them")
 
 
 def test_truncated_and_damaged_files(model):
@@ -85,12 +140,15 @@ def test_missing_shard(tmp_path, model, monkeypatch):
 
 
 def test_a_tied_model_may_repeat_its_output(model, tmp_path):
-    """Some checkpoints have lm_head.weight beside tied embeddings; transformers ignores it, too."""
+    """Some checkpoints have lm_head.weight beside tied embeddings. Where it is another matrix, it is the model's, as in transformers 5."""
     shapes, files = tensor_shapes(HUGGING_FACE.map(tiny.CONFIG)), SafetensorsFiles([model / "model.safetensors"])
     extra = {**shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
-    arrays = [np.array(files.read(name)) for name in shapes] + [np.zeros(2, np.float32).astype(files.dtypes["lm_head.weight"])]
-    write_safetensors(model, extra, dict.fromkeys(extra, np.dtype("bfloat16")), arrays)
+    tensors = {name: np.array(files.read(name)) for name in shapes}
+    rotary = np.zeros(2, np.float32).astype(files.dtypes["lm_head.weight"])
     change_config(model, tie_word_embeddings=True)
+    assert open_source(model).config == tiny.CONFIG
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_safetensors(model, extra, dict.fromkeys(extra, np.dtype("bfloat16")), [*tensors.values(), rotary])
     assert open_source(model).config == tiny.tied()
 
 

@@ -1,23 +1,31 @@
 """GGUF files, dequantized to float32 one tensor at a time. RoPE rotates adjacent pairs there, and its scaling is a tensor of divisors."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import refuse_pointer
 from herd_jax.interop.formats.mapping import GGUF
-from herd_jax.interop.source import MappedSource, Source
+from herd_jax.interop.source import MappedSource, Source, refuse_unknown, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling, frequencies
+from herd_jax.text.gguf_tokenizer import PRE_TOKENIZERS
 from herd_jax.text.protocol import import_extra
 
+TOKENIZER_KIND = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 ROPE_DIVISORS = "rope_freqs.weight"
+READ = {"context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+        "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.type", "vocab_size"}  # fmt: skip
+HARMLESS = {"tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned"}  # these two say how a scaling came about
 
 
 def open_gguf(path: Path) -> Source:
     """Opens a GGUF file. Raises UserError for what is no Llama, for a damaged file, and for tensors that do not fit the config."""
     gguf = import_extra("gguf", "a GGUF file", "gguf")
+    refuse_pointer(path)
     try:
         reader = gguf.GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
@@ -30,7 +38,7 @@ def open_gguf(path: Path) -> Source:
         config = parse_config(values, path, tensors)
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}: take a complete copy of the model") from error
-    tokenizer_path = path if "tokenizer.ggml.model" in reader.fields else None
+    tokenizer_path = _tokenizer_of(path, {name: reader.fields[name].contents() for name in TOKENIZER_KIND if name in reader.fields})
     return MappedSource.make(path, config, values.get("llama.context_length"), tokenizer_path, GGUF.map(config), tensors, (ROPE_DIVISORS,))
 
 
@@ -44,22 +52,54 @@ def parse_config(values: dict[str, Any], path: Path, tensors: "_Tensors") -> Lla
         raise UserError(f"{path} has {values['llama.expert_count']} experts: only plain Llamas, without experts, are read")
     if (kind := values.get("llama.rope.scaling.type", "none")) != "none":
         raise UserError(f"{path} scales RoPE in the way '{kind}': only that of Llama 3.1 and none are read")
-    dim, num_heads = values["llama.embedding_length"], values["llama.attention.head_count"]
+    dim, num_heads = values["llama.embedding_length"], _of_all_layers("llama.attention.head_count", values, path)
     head_dim = values.get("llama.attention.key_length", dim // num_heads)
+    plain = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0,
+             "rope.scaling.attn_factor": 1.0, "attention.causal": True}  # fmt: skip
+    for name, expected in plain.items():
+        if (value := values.get(f"llama.{name}") or expected) != expected:
+            raise UserError(f"{path} has llama.{name} {value}: only plain Llamas ({name} {expected}) are read")
+    of_model = {name.removeprefix("llama."): value for name, value in values.items() if name.startswith("llama.")}
+    refuse_unknown(of_model, READ | HARMLESS | plain.keys(), (), path, "llama.")
     theta = _shortest(values.get("llama.rope.freq_base", 10_000.0))
     return LlamaConfig(
         dim=dim,
         num_layers=values["llama.block_count"],
         num_heads=num_heads,
-        num_kv_heads=values.get("llama.attention.head_count_kv", num_heads),
+        num_kv_heads=_of_all_layers("llama.attention.head_count_kv", values, path) or num_heads,
         head_dim=head_dim,
-        ffn_dim=values["llama.feed_forward_length"],
+        ffn_dim=_of_all_layers("llama.feed_forward_length", values, path),
         vocab_size=values.get("llama.vocab_size") or tensors.shapes[GGUF.embedding][0],
         rope_theta=theta,
         rope_scaling=_parse_rope_scaling(path, head_dim, theta, tensors),
         norm_eps=_shortest(values["llama.attention.layer_norm_rms_epsilon"]),
         tie_embeddings=GGUF.output not in tensors.shapes,
     )
+
+
+def _tokenizer_of(path: Path, kind: dict[str, str]) -> Path | None:
+    """Returns the path of the file's tokenizer: itself, or what lies beside where its own is of a kind that is not read."""
+    model, pre = (kind.get(name) for name in TOKENIZER_KIND)
+    if model == "llama" or model == "gpt2" and pre in PRE_TOKENIZERS:
+        return path
+    beside = tokenizer_in(path.parent)
+    if model and not beside:
+        print(
+            f"note: {path} has a tokenizer of the kind {model} that splits text in the way {pre}, which is not known here: the model is read without "
+            "one; put the tokenizer.json of the original model beside it",
+            file=sys.stderr,
+        )
+    return beside
+
+
+def _of_all_layers(name: str, values: dict[str, Any], path: Path) -> int | None:
+    """Returns a number, of which a file may have one for each layer. Raises UserError where these differ."""
+    value = values.get(name) if name.endswith("_kv") else values[name]
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise UserError(f"{path} has a {name} of its own for each layer ({', '.join(map(str, value[:8]))} ...): only models whose layers are alike are read")
+    return value[0]
 
 
 def _parse_rope_scaling(path: Path, head_dim: int, theta: float, tensors: "_Tensors") -> RopeScaling | None:

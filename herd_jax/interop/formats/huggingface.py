@@ -1,5 +1,6 @@
 """Hugging Face directories: config.json, safetensors, tokenizer. What is not a plain Llama is an error that names the reason."""
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from herd_jax.interop.formats import huggingface_fp8
 from herd_jax.interop.formats.huggingface_tokenizer import write_tokenizer
 from herd_jax.interop.formats.mapping import HUGGING_FACE, Mapped, tensor_dtypes, tensor_shapes
 from herd_jax.interop.formats.safetensors import SafetensorsFiles, files_of, write_safetensors
-from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
+from herd_jax.interop.source import MappedSource, Source, parse_json, refuse_unknown, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
 from herd_jax.text.protocol import GENERATION_FILE, SPECIAL_ID_FIELDS, Tokenizer
@@ -26,7 +27,26 @@ PLAIN = {
     "sliding_window": None,
     "num_local_experts": None,
     "partial_rotary_factor": 1.0,
+    "is_encoder_decoder": False,
+    "is_decoder": True,
+    "add_cross_attention": False,
 }
+READ = {
+    *("model_type", "architectures", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "rms_norm_eps"),
+    *("tie_word_embeddings", "initializer_range", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id", "layer_types"),
+}
+# Fields that every config of transformers may have, and that other programs add; they say nothing of what the model computes.
+HARMLESS = {
+    *("torch_dtype", "dtype", "use_cache", "pretraining_tp", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "max_length"),
+    *("min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams", "num_beam_groups", "diversity_penalty", "typical_p", "length_penalty"),
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "return_dict", "id2label", "label2id"),
+    *("chunk_size_feed_forward", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "processor_class", "auto_map"),
+    *("sep_token_id", "unk_token_id", "decoder_start_token_id", "rope_theta_scaling", "max_sequence_length", "model_max_length", "gradient_checkpointing"),
+    *("is_llama_config", "bos_token", "eos_token", "pad_token", "unk_token", "attn_implementation", "license", "base_model", "num_labels", "embd_pdrop"),
+}
+HARMLESS_BEGINNINGS = ("_", "transformers", "unsloth", "tokenizer_", "output_", "return_dict")
+ROPE_READ = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 ROPE_FIELDS = {  # field of RopeScaling -> Hugging Face's name
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -41,19 +61,37 @@ def open_huggingface(directory: Path) -> Source:
     config, context_length = parse_json(path, lambda values: (parse_config(values, path), values.get("max_position_embeddings")))
     if not list(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} holds no safetensors: save the model with safe_serialization=True, pickles are not read here")
-    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
     tensors = SafetensorsFiles(files_of(directory))
+    if config.tie_embeddings and _has_output_of_its_own(tensors):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    ignored = ("rotary_emb.inv_freq", *([HUGGING_FACE.output] if config.tie_embeddings else []))
     return MappedSource.make(directory, config, context_length, tokenizer_in(directory), map_parameters(config), tensors, ignored)
 
 
+def _has_output_of_its_own(tensors: SafetensorsFiles) -> bool:
+    """Returns whether there is an output matrix beside the embedding to which the config ties it, and it differs: transformers 5 then keeps it."""
+    names = (HUGGING_FACE.embedding, HUGGING_FACE.output)
+    if not set(names) <= tensors.shapes.keys():
+        return False
+    embedding, output = map(tensors.read, names)
+    return embedding.shape != output.shape or not (np.array_equal(embedding[:64], output[:64]) and np.array_equal(embedding, output))
+
+
 def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
-    """Returns the config from config.json. Raises UserError for what is not a plain Llama, KeyError for a field that every config has."""
+    """Returns the config from config.json. Raises UserError for what is not a plain Llama, or has a field of which it is not known whether it
+    changes what is computed; KeyError for a field that every config has."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of a model of type {values.get('model_type')}: only plain Llamas (llama) are read")
+    heads = [name for name in values.get("architectures") or [] if name.startswith("Llama") and name != "LlamaForCausalLM"]
+    if heads:
+        raise UserError(f"{path} is of a {heads[0]}: only language models (LlamaForCausalLM) are read")
     for field, plain in PLAIN.items():
         if (values.get(field) or plain) != plain:
             raise UserError(f"{path} has {field} {json.dumps(values[field])}: only plain Llamas ({field} {json.dumps(plain)}) are read")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if odd := {*(values.get("layer_types") or ["full_attention"])} - {"full_attention"}:
+        raise UserError(f"{path} has layer_types {', '.join(sorted(odd))}: only plain Llamas (full_attention) are read")
+    refuse_unknown(values, READ | HARMLESS | PLAIN.keys(), HARMLESS_BEGINNINGS, path)
+    theta, scaling = _parse_rope(values, path)
     quantization = values.get("quantization_config")
     num_heads = values["num_attention_heads"]
     return LlamaConfig(
@@ -64,17 +102,37 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
         head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
         ffn_dim=values["intermediate_size"],
         vocab_size=values["vocab_size"],
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-        rope_scaling=_parse_rope_scaling(rope, path),
+        rope_theta=float(theta or 10_000.0),
+        rope_scaling=scaling,
         norm_eps=values["rms_norm_eps"],
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        tie_embeddings=values.get("tie_word_embeddings") or False,
         init_std=values.get("initializer_range", 0.02),
         fp8=huggingface_fp8.parse(quantization, values["num_hidden_layers"], path) if quantization else None,
     )
 
 
+def _parse_rope(values: dict[str, Any], path: Path) -> tuple[float | None, RopeScaling | None]:
+    """Returns theta and the scaling. transformers 5 writes both into rope_parameters, transformers 4 into rope_theta and rope_scaling; raises
+    UserError where a config has both ways and they contradict each other."""
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    for name, of in (("rope_parameters", new), ("rope_scaling", old)):
+        kinds = {of[field] for field in ("rope_type", "type") if of.get(field)}
+        if len(kinds) > 1:
+            raise UserError(f"{path} has the rope_type {of['rope_type']} and the type {of['type']} in {name}: keep the right one")
+        if (of.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise UserError(f"{path} has partial_rotary_factor {of['partial_rotary_factor']}: only plain Llamas (partial_rotary_factor 1.0) are read")
+        refuse_unknown(of, ROPE_READ | {"partial_rotary_factor"}, (), path, f"{name}.")
+    thetas = {float(theta) for theta in (new.get("rope_theta"), old.get("rope_theta"), values.get("rope_theta")) if theta}
+    if len(thetas) > 1:
+        raise UserError(f"{path} has the rope_theta {' and '.join(map(str, sorted(thetas)))}: keep the right one")
+    scaling = _parse_rope_scaling(new or old, path)
+    if new and old and _parse_rope_scaling(old, path) != scaling:
+        raise UserError(f"{path} has rope_parameters and rope_scaling that contradict each other: keep the right one")
+    return next(iter(thetas), None), scaling
+
+
 def _parse_rope_scaling(values: dict[str, Any], path: Path) -> RopeScaling | None:
-    kind = values.get("rope_type", values.get("type", "default"))
+    kind = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
         return None
     if kind != "llama3":

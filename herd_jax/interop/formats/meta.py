@@ -4,6 +4,7 @@ import dataclasses
 import json
 import mmap
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import refuse_pointer
 from herd_jax.interop.formats.mapping import META, Mapped, tensor_shapes
-from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
+from herd_jax.interop.source import MappedSource, Source, parse_json, refuse_unknown, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
 from herd_jax.text.protocol import Tokenizer, import_extra
 
 CONFIG_FILE = "params.json"
+READ = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "ffn_dim_multiplier", "multiple_of", "norm_eps",
+        "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_batch_size", "max_seq_len",
+        "model_parallel_size"}  # fmt: skip
 NOT_PLAIN = ("moe_args", "quantization_args", "lora_args", "vision_chunk_size")
 DEFAULT_SCALING = RopeScaling(factor=8.0)  # what use_scaled_rope stands for; 32 in the tied models of Llama 3.2
 
@@ -46,6 +51,7 @@ def parse_config(values: dict[str, Any], path: Path, paths: list[Path]) -> Llama
     for field in NOT_PLAIN:
         if values.get(field, -1) not in (None, -1):
             raise UserError(f"{path} has {field}: only plain Llamas, without experts, images or quantization, are read")
+    refuse_unknown({name: value for name, value in values.items() if value != -1}, READ, (), path)
     dim, num_heads = values["dim"], values["n_heads"]
     tied = all(_is_tied(_load(shard)) for shard in paths)
     scaling = None
@@ -124,6 +130,11 @@ class _Shards:
         for name, parts in self._parts.items():
             if len(parts) < len(paths):
                 raise UserError(f"{paths[0].parent} has the tensor {name} in {len(parts)} of its {len(paths)} files: copy them again")
+        torch = _import_torch()
+        for name, tensor in shards[0].items():
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"{name} in {paths[0]} is stored as {kind}: only float32, float16 and bfloat16 are read, so take an unquantized copy")
         self.dtypes = {name: _to_numpy(tensor).dtype for name, tensor in shards[0].items()}
         self._key_value = {name.format(layer=layer) for name in (META.key, META.value) for layer in range(config.num_layers)}
         self._shapes = tensor_shapes(map_parameters(config))
@@ -175,6 +186,10 @@ def _is_tied(shard) -> bool:
 def _load(path: Path) -> dict[str, Any]:
     """Returns a shard's tensors, mapped anew for each use, so that no pages stay in memory. A pickle with code is an error; it is never run."""
     torch = _import_torch()
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        if file.read(2) == b"\x80\x02" and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is in the format that torch.save had before version 1.6: load it with torch and save it again")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if all(isinstance(value, torch.Tensor) for value in tensors.values()):
@@ -188,7 +203,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _to_numpy(tensor) -> np.ndarray:
     """Returns the tensor as an array that shares its memory."""
-    torch = _import_torch()
+    torch, tensor = _import_torch(), tensor.detach()
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 

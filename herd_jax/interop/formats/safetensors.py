@@ -13,9 +13,11 @@ import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.files import refuse_pointer
 from herd_jax.interop.formats.mapping import tensor_bytes
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
 WRITE_BYTES = 2**24  # bytes written at a time: whole tensors at once are written at half the speed
 
@@ -41,7 +43,9 @@ class SafetensorsFiles:
 def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], int]]:
     """Yields (name, dtype, shape, offset in the file) of each tensor."""
     if not path.is_file():
-        raise UserError(f"{path.parent} lacks {path.name}, which its index names: copy that file too")
+        why = ", which its index names" if (path.parent / INDEX_FILE).is_file() else " and has no index of several files"
+        raise UserError(f"{path.parent} lacks {path.name}{why}: copy that file too")
+    refuse_pointer(path)
     damaged = f"{path} is truncated or no safetensors file: copy it again"
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -56,8 +60,8 @@ def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], i
             raise UserError(damaged) from error
     for name, dtype, shape, begin, end in entries:
         if dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise UserError(f"{name} in {path} is stored as {dtype}: only {known} are read, so take an unquantized copy of the model")
+            remedy = "save it again in one of them" if dtype in ("F64", "C64") else "take an unquantized copy of the model"
+            raise UserError(f"{name} in {path} is stored as {dtype}: only {', '.join(DTYPES)} are read, so {remedy}")
         if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize or not 0 <= begin <= end <= size - start:
             raise UserError(damaged)
         yield name, np.dtype(DTYPES[dtype]), shape, start + begin
@@ -81,7 +85,7 @@ def write_safetensors(
     if len(files) > 1:
         weight_map = {name: file_name for file_name, tensors in zip(names, files) for name in tensors}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], arrays: Iterator[np.ndarray]) -> None:
@@ -103,10 +107,10 @@ def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str
 
 
 def files_of(directory: Path) -> list[Path]:
-    """Returns the safetensors files of a directory: those of its index, or the only one."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return [directory / "model.safetensors"]
+    """Returns the safetensors files of a directory: the only one where it is there, as transformers does, else those of the index."""
+    index, only = directory / INDEX_FILE, directory / "model.safetensors"
+    if only.is_file() or not index.is_file():
+        return [only]
     try:
         return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
