@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from herd_jax.errors import FailedAlone, UserError
+from herd_jax.errors import FailedAlone, Miscomputed, UserError
 from herd_jax.training.checkpoints import orbax_storage
 from herd_jax.training.checkpoints.checksums import checksums, held_here, leaf_types, sealed
 from herd_jax.training.checkpoints.orbax_storage import Unreadable
@@ -169,7 +169,11 @@ class Checkpointer:
         with self._reading(step):
             state_args = orbax_storage.state_to_restore(abstract_state, self.private)
             state = self._manager.restore(step, args=ocp.args.Composite(state=state_args)).state
-        wrong = next((name for name, checksum in checksums(state).items() if checksum != record["checksums"][name]), None)
+        try:
+            found = checksums(state)
+        except Miscomputed as error:  # it was saved so, by a process whose own copy was wrong
+            raise Unreadable("its copies of the same data are not alike") from error
+        wrong = next((name for name, checksum in found.items() if checksum != record["checksums"][name]), None)
         if orbax_storage.on_any(wrong is not None, "verifying a checkpoint"):  # of what all hold, one alone may have a wrong copy
             raise Unreadable(f"the data of {wrong} changed since it was saved" if wrong else "another process read data that changed")
         return Restored(step, state, record["config"], record["position"])

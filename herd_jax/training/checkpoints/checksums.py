@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+
+from herd_jax.errors import Miscomputed
 
 PyTree = Any
 
@@ -19,8 +22,20 @@ def leaf_types(state: PyTree) -> dict[str, str]:
 
 
 def checksums(state: PyTree) -> dict[str, int]:
-    """Returns leaf name -> checksum of the whole array. In a run of several processes all of them must call it (the sums go over devices)."""
-    return dict(zip(leaf_types(state), (int(value) for value in _checksums(jax.tree.leaves(state))), strict=True))
+    """Returns leaf name -> checksum of the whole array. In a run of several processes all of them must call it (the sums go over devices).
+
+    Raises Miscomputed, on every process, where devices have different copies of what should be the same.
+    """
+    names = list(leaf_types(state))
+    here_DL = np.array([[shard.data for shard in value.addressable_shards] for value in _checksums(jax.tree.leaves(state))], np.uint32).T
+    all_DL = np.asarray(multihost_utils.process_allgather(here_DL)).reshape(-1, len(names))
+    unlike = np.flatnonzero((all_DL != all_DL[0]).any(axis=0))
+    if len(unlike):
+        raise Miscomputed(
+            f"the copies of {names[unlike[0]]} that devices hold are not alike, so the memory of one is at fault: take its host out "
+            "(train.verify_every_steps names it), and start again from the checkpoint before"
+        )
+    return dict(zip(names, all_DL[0].tolist(), strict=True))
 
 
 @jax.jit

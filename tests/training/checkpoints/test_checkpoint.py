@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from herd_jax.errors import PEER_LOST, FailedAlone, UserError
+from herd_jax.errors import PEER_LOST, FailedAlone, Miscomputed, UserError
 from herd_jax.training.checkpoints import checksums, orbax_storage
 from herd_jax.training.checkpoints.checkpoint import CheckpointConfig, Checkpointer, SaveFailed
 
@@ -365,6 +365,18 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, capfd, caplog
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     printed = capfd.readouterr().err.splitlines()
     assert all("is half-written" in line for line in printed)
+
+
+def test_copies_that_are_not_alike_are_not_saved(tmp_path):
+    """A bit flipped in the memory of one device: a checkpoint would keep it, with a checksum that fits."""
+    whole = NamedSharding(mesh(8), P())
+    copies = [jax.device_put(np.arange(4.0, dtype=np.float32) + (i == 3), device) for i, device in enumerate(whole.mesh.devices.flat)]
+    unlike = {"w": jax.make_array_from_single_device_arrays((4,), whole, copies)}
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    checkpointer.save(1, {"w": jax.device_put(np.arange(4.0, dtype=np.float32), whole)}, CONFIG, {})
+    with pytest.raises(Miscomputed, match="the copies of .'w'. that devices hold are not alike.* start again from the checkpoint before"):
+        checkpointer.save(2, unlike, CONFIG, {})
+    assert checkpointer.steps() == [1]
 
 
 def test_what_one_process_alone_reads_wrongly_no_process_takes(tmp_path, monkeypatch, capfd):
