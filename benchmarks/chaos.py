@@ -387,8 +387,11 @@ def wait_for_rename(checkpoints: Path) -> None:
 
 
 def truncate_newest(workdir: Path, chance: random.Random) -> None:
-    """Halves the largest file of the newest checkpoint, durable or (of one process) local."""
-    saved = [path for path in [*workdir.glob("checkpoints/*"), *workdir.glob("local/*/*")] if path.name.isdigit()]
+    """Halves the largest file of the newest checkpoint, durable or (of one process, where all have it) local."""
+    local = [{path.name for path in tier.iterdir()} for tier in workdir.glob("local/*")]
+    whole = set.intersection(*local) if local else set()
+    saved = [*workdir.glob("checkpoints/*"), *(path for path in workdir.glob("local/*/*") if path.name in whole)]
+    saved = [path for path in saved if path.name.isdigit()]
     newest = chance.choice(sorted(path for path in saved if int(path.name) == max(int(path.name) for path in saved)))
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
