@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how a command reports them: one sentence, no traceback, and an exit status that says what to do."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -42,12 +43,16 @@ class StartAgain(Exception):
 
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
     """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1, unless its class has another),
-    StartAgain one line and 75; all else keeps its traceback."""
+    StartAgain one line and 75, a closed pipe nothing and 1; all else keeps its traceback."""
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main(sys.argv[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads the output has seen enough, such as head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            sys.exit(USER_ERROR)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.status)

@@ -8,9 +8,13 @@ PATH is the workdir of a training run, a Hugging Face, Meta or herd directory, o
 
 import argparse
 import contextlib
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
 
 from herd_jax.config import number
-from herd_jax.errors import command_line
+from herd_jax.errors import UserError, command_line
 from herd_jax.mesh import MeshConfig, request_cpu_devices
 from herd_jax.model import DTYPES, load
 
@@ -44,28 +48,54 @@ def main(argv: list[str]) -> None:
 
 def chat(model, system: str | None, options) -> None:
     messages = [{"role": "system", "content": system}] if system else []
+    model.chat_ids([*messages, {"role": "user", "content": "hi"}])  # a model without dialogs says so before the first question
+    first = len(messages)
     while text := ask():
         messages.append({"role": "user", "content": text})
+        make_room(model, messages, first)
         messages.append({"role": "assistant", "content": show("", model.stream_chat(messages, *options))})
+
+
+def make_room(model, messages: list[dict], first: int) -> None:
+    """Drops the oldest turns, from number `first` on, until the dialog leaves room for an answer."""
+    dropped = 0
+    while model.context_length is not None and len(messages) > first + 2 and len(model.chat_ids(messages)) >= model.context_length:
+        del messages[first : first + 2]
+        dropped += 1
+    if dropped:
+        print(f"note: the model's context of {model.context_length} tokens is full: the oldest {dropped} of your turns are left out", file=sys.stderr)
 
 
 def ask() -> str:
     try:
         return input("> ").strip()
+    except UnicodeDecodeError as error:
+        raise UserError("the question is not in UTF-8: set the terminal to it") from error
     except (EOFError, KeyboardInterrupt):
         print()
         return ""
 
 
-def show(text: str, pieces) -> str:
-    """Prints the pieces as they come, until Ctrl-C; returns them together."""
+def show(text: str, pieces: Iterator[str]) -> str:
+    """Prints the pieces as they come, until Ctrl-C; returns them together. Says when they were cut off."""
     print(text, end="", flush=True)
-    parts = []
+    parts, was_cut = [], False
     with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
+        with Console(stderr=True).status("compiling the model ..."):  # on a terminal; the first piece comes when that is done
+            first = next(pieces, "")
+        parts.append(first)
+        print(first, end="", flush=True)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                was_cut = bool(end.value)
+                break
             parts.append(piece)
             print(piece, end="", flush=True)
     print()
+    if was_cut:
+        print("note: cut off, since --max-new-tokens or the model's context has no more room", file=sys.stderr)
     return "".join(parts)
 
 

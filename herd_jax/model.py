@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from herd_jax.errors import UserError
 from herd_jax.inference.decoder import Decoder
-from herd_jax.inference.sampling import choose
+from herd_jax.inference.sampling import NOT_FINITE, Sampling, several
 from herd_jax.inference.scoring.whole_rows import Scorer, bucket
 from herd_jax.inference.stopping import StopCondition
 from herd_jax.interop import save as interop
@@ -70,6 +70,16 @@ def _check(dtype: str | None) -> None:
         raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
 
 
+def _only(stream: Generator[list[str], None, list[bool]]) -> Generator[str, None, bool]:
+    """Yields the texts of the only row, and returns whether it was cut."""
+    while True:
+        try:
+            (text,) = next(stream)
+        except StopIteration as end:
+            return end.value[0]
+        yield text
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Parameters on a mesh and their tokenizer. `context_length` in tokens; None: no limit is known."""
@@ -87,7 +97,10 @@ class Model:
 
     def logits(self, token_ids) -> np.ndarray:
         """Returns, for ids int [B, S], the logits of the next token after each, FP32 [B, S, V]."""
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError as error:
+            raise UserError("token_ids has rows of different lengths: give integers of shape [batch, sequence], at least one") from error
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"token_ids is {ids.dtype} of shape {ids.shape}: give integers of shape [batch, sequence], at least one")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
@@ -97,10 +110,10 @@ class Model:
 
     def loss(self, texts: Sequence[str]) -> list[TextLoss]:
         """Returns the loss of each text; those of similar length are computed together."""
-        rows = [self._text_ids(text) for text in _several(texts, "texts")]
+        rows = [self._text_ids(text) for text in several(texts, "texts")]
         sums = self._scorer.loss(self.params, rows).tolist()
         per_text = zip(sums, rows, texts, strict=True)
-        return [TextLoss(nats / (len(row) - 1), nats / math.log(2) / len(text.encode())) for nats, row, text in per_text]
+        return [TextLoss(nats / (len(row) - 1), nats / math.log(2) / self._num_bytes(text, row)) for nats, row, text in per_text]
 
     def continues_with(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns bool [prompts]: whether greedy decoding of each prompt's ids begins with the ids of its answer, from one forward of both."""
@@ -113,6 +126,8 @@ class Model:
         stop: Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
         """Does what `generate` does, with prompts that are token ids."""
+        for prompt in prompts:
+            self._check_ids(prompt)
         return ["".join(parts) for parts in zip(*self._stream(prompts, max_new_tokens, temperature, top_p, seed, stop))] if prompts else []
 
     def generate(
@@ -121,17 +136,24 @@ class Model:
     ) -> list[str]:  # fmt: skip
         """Returns what follows each prompt, up to a stop token of the tokenizer or one of the `stop` strings, both left out. Temperature 0
         takes the likeliest token."""
-        rows = [self._prompt_ids(prompt) for prompt in _several(prompts, "prompts")]
+        rows = [self._prompt_ids(prompt) for prompt in several(prompts, "prompts")]
         return ["".join(parts) for parts in zip(*self._stream(rows, max_new_tokens, temperature, top_p, seed, stop))] if rows else []
 
     def stream(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
-        """Yields what `generate` returns, for one prompt, in pieces as they come."""
-        return (text for (text,) in self._stream([self._prompt_ids(prompt)], max_new_tokens, temperature, top_p, seed, stop))
+        """Yields what `generate` returns, for one prompt, in pieces as they come; returns whether it was cut off for want of room."""
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt is of type {type(prompt).__name__}: it must be a string")
+        several([prompt], "the prompt")
+        return _only(self._stream([self._prompt_ids(prompt)], max_new_tokens, temperature, top_p, seed, stop))
 
     def stream_chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
-        """Yields the assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come."""
-        ids = chat.render(messages, self.text_tokenizer(), add_assistant_header=True).ids
-        return (text for (text,) in self._stream([list(ids)], max_new_tokens, temperature, top_p, seed, stop))
+        """Yields the assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come; returns whether it was cut off for
+        want of room."""
+        return _only(self._stream([self.chat_ids(messages)], max_new_tokens, temperature, top_p, seed, stop))
+
+    def chat_ids(self, messages) -> list[int]:
+        """Returns the prompt for the answer to a dialog. Raises UserError where the model has no format for dialogs."""
+        return list(chat.render(messages, self.text_tokenizer(), add_assistant_header=True).ids)
 
     def chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> str:
         """Returns the assistant's answer to a dialog of dicts with "role" and "content"."""
@@ -168,7 +190,14 @@ class Model:
         ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
         if not ids:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with: give a prompt of at least one character")
+        self._check_ids(ids)
         return ids
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
+            raise UserError(
+                f"a prompt has token ids for which the model has no embedding, or none at all: give ids from 0 to {self.config.vocab_size - 1}"
+            )
 
     def _text_ids(self, text: str) -> list[int]:
         ids = self._prompt_ids(text)
@@ -177,40 +206,47 @@ class Model:
         self._check_length(len(ids), "the text is")
         return ids
 
+    def _num_bytes(self, text: str, ids: list[int]) -> int:
+        """Returns the text's size. Raises UserError where the tokenizer lost a part of it, though it should not."""
+        size, tokenizer = len(text.encode()), self.text_tokenizer()
+        if tokenizer.is_lossless and (encoded := sum(map(tokenizer.num_bytes, ids))) != size:
+            raise UserError(f"the tokenizer turned a text of {size} bytes into tokens of {encoded}: its files are damaged, so copy them again")
+        return size
+
     def _check_length(self, num_tokens: int, what: str) -> None:
         if self.context_length is not None and num_tokens > self.context_length:
             raise UserError(f"{what} {num_tokens} tokens long: the model's context holds {self.context_length}; shorten it")
 
-    def _stream(self, rows: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int, stop) -> Iterator[list[str]]:
-        """Yields the new text of each row, token by token; "" for a row that has ended."""
-        if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
-            raise UserError(f"max_new_tokens {max_new_tokens} must be 1 or more, temperature {temperature} 0 or more, top_p {top_p} in (0, 1]")
+    def _stream(
+        self, rows: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int, stop
+    ) -> Generator[list[str], None, list[bool]]:  # fmt: skip
+        """Yields the new text of each row, token by token, "" for a row that has ended; returns which were cut off for want of room."""
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop)
         self._check_length(max(map(len, rows)), "the prompt is")
         rooms = [max_new_tokens if self.context_length is None else min(max_new_tokens, self.context_length - len(row)) for row in rows]
-        stops = [StopCondition(self.text_tokenizer(), _several(stop, "stop"), room) for room in rooms]
-        for ids in self._steps(rows, max(rooms), temperature, top_p, seed):
+        stops = [StopCondition(self.text_tokenizer(), sampling.stop, room) for room in rooms]
+        for ids in self._steps(rows, max(rooms), sampling):
+            if (ids == NOT_FINITE).any():
+                raise UserError(
+                    f"the model's logits are not finite numbers, so there is no answer: its weights are damaged, or too large for {self.dtype.__name__}"
+                    "; take another copy of them, or load them with dtype float32"
+                )
             yield [of_row.push(int(token)) for of_row, token in zip(stops, ids)]
             if all(of_row.ended for of_row in stops):
                 break
         yield [of_row.flush() for of_row in stops]
+        return [of_row.was_cut for of_row in stops]
 
-    def _steps(self, rows: list[list[int]], num_steps: int, temperature: float, top_p: float, seed: int) -> Iterator[np.ndarray]:
+    def _steps(self, rows: list[list[int]], num_steps: int, sampling: Sampling) -> Iterator[np.ndarray]:
         """Yields new ids [B], step by step. The next step is under way when one is given, so that the device does not wait for the reader."""
         size, batch = bucket(max(map(len, rows))), bucket(len(rows), least=1)
         ids, padding = np.zeros((batch, size), np.int32), np.full(batch, size - 1, np.int32)
         for i, row in enumerate(rows):
             ids[i, size - len(row) :], padding[i] = row, size - len(row)
-        draw = functools.partial(choose, temperature=temperature, top_p=top_p, greedy=temperature == 0, nucleus=top_p < 1)
+        num_ids = self.text_tokenizer().vocab_size
         logits, cache = self._decoder.prefill(bucket(size + num_steps))(self._weights, ids, padding)
         for step in range(num_steps):
-            new = draw(logits, seed, step)
+            new = sampling.choose(logits, step, num_ids)
             if step + 1 < num_steps:
                 logits, cache = self._decoder.decode(self._weights, cache, new, padding, jnp.int32(size + step))
             yield np.asarray(new)[: len(rows)]
-
-
-def _several(texts, name: str) -> list[str]:
-    """Returns the texts. Raises UserError for one string where a sequence of them is meant: its letters would pass for texts."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name} must be a list of strings: put a single one into a list")
-    return list(texts)

@@ -46,7 +46,43 @@ def test_a_dialog_of_two_turns(saved):
             assert process.stdout.read(len(expected)) == expected  # which is there before the next question
         process.stdin.close()
         rest, errors = process.stdout.read(), process.stderr.read()  # communicate() would miss what the reader has taken already
-    assert (process.returncode, rest, errors) == (0, b"> \n", b"")
+    assert (process.returncode, rest) == (0, b"> \n")
+    assert errors == b"note: cut off, since --max-new-tokens or the model's context has no more room\n" * 2
+
+
+def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(saved, capsys):
+    model = dataclasses.replace(herd_jax.load(saved), context_length=80)
+    messages = [{"role": "system", "content": "be brief"}]
+    for i in range(6):
+        messages += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
+    messages = messages[:-1]
+    generate.make_room(model, messages, 1)
+    assert messages[0]["content"] == "be brief" and messages[-1]["content"] == "question 5" and messages[1]["role"] == "user"
+    assert len(model.chat_ids(messages)) < 80 < len(model.chat_ids([messages[0], {"role": "user", "content": "x" * 26}, *messages[1:]]))
+    assert "the model's context of 80 tokens is full: the oldest" in capsys.readouterr().err
+
+
+def run(saved, *arguments, **options):
+    command = [sys.executable, "-m", "herd_jax.generate", "--model", str(saved), "--temperature", "0", *arguments]
+    return subprocess.run(command, capture_output=True, **options)
+
+
+def test_a_model_without_dialogs_says_so_before_the_first_question(saved, tmp_path):
+    plain = dataclasses.replace(herd_jax.load(saved), tokenizer=ByteTokenizer({}))
+    plain.save(tmp_path / "plain")
+    finished = run(tmp_path / "plain", "--chat", stdin=subprocess.DEVNULL)
+    assert finished.returncode == 1 and b"error: the tokenizer has no chat template" in finished.stderr and b">" not in finished.stdout
+
+
+def test_bytes_that_are_no_text(saved):
+    finished = run(saved, "--prompt", b"a\xff")
+    assert finished.returncode == 1 and finished.stderr.startswith(b"error: the prompt has 'a") and b"no text in UTF-8" in finished.stderr
+
+
+def test_a_closed_pipe_ends_quietly(saved):
+    command = f"{sys.executable} -m herd_jax.generate --model {saved} --prompt abc --max-new-tokens 60 --temperature 0 | head -c 2"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True)
+    assert (finished.stdout, finished.stderr) == (b"ab", b"")
 
 
 def test_pieces_are_shown_before_the_next_is_made(monkeypatch):
@@ -69,7 +105,7 @@ def test_interrupts(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     class Interrupted:
-        stream_chat = interrupted
+        stream_chat, chat_ids, context_length = interrupted, lambda *_: [], None
 
     questions = iter(["hi"])
 

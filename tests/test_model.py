@@ -120,8 +120,20 @@ class _WithoutBegin(ByteTokenizer):
     [
         (lambda model: model.generate("abc"), "list of strings"),
         (lambda model: model.generate(["x" * 100]), "the prompt is 100 tokens long: the model's context holds 64"),
-        (lambda model: model.generate(["abc"], max_new_tokens=0), "max_new_tokens 0 must be 1 or more"),
-        (lambda model: model.generate(["abc"], top_p=0.0), "top_p 0.0 in"),
+        (lambda model: model.generate(["abc"], max_new_tokens=0), "max_new_tokens is 0: it must be a whole number, 1 or more"),
+        (lambda model: model.generate(["abc"], top_p=0.0), "top_p is 0.0: it must be a number in"),
+        (lambda model: model.generate(["abc"], max_new_tokens=2.0), "max_new_tokens is 2.0: it must be a whole number"),
+        (lambda model: model.generate(["abc"], max_new_tokens=True), "max_new_tokens is True"),
+        (lambda model: model.generate(["abc"], temperature="0.7"), "temperature is '0.7': it must be a number, 0 or more"),
+        (lambda model: model.generate(["abc"], temperature=float("nan")), "temperature is nan"),
+        (lambda model: model.generate(["abc"], seed=None), "seed is None: it must be a whole number from 0 to 2.64 - 1"),
+        (lambda model: model.generate(["abc"], seed=1.5), "seed is 1.5"),
+        (lambda model: model.generate(["abc"], seed=-1), "seed is -1"),
+        (lambda model: model.generate(["abc"], stop=[""]), "stop has an empty string in it"),
+        (lambda model: model.generate(["a\udce4"]), "prompts has 'a.*' in it, which is no text in UTF-8"),
+        (lambda model: next(model.stream(7)), "prompt is of type int: it must be a string"),
+        (lambda model: model.complete([[1, 900]], 3), "a prompt has token ids for which the model has no embedding"),
+        (lambda model: model.logits([[1, 2], [3]]), "token_ids has rows of different lengths"),
         (lambda model: model.logits([[1, 261]]), "between 0 and 260"),
         (lambda model: model.logits([1, 2]), "shape"),
         (lambda model: model.generate([""]), "the prompt is empty and the tokenizer has no token to begin with"),
@@ -139,6 +151,40 @@ def test_bad_input_is_one_sentence(model, call, message):
     with pytest.raises(UserError, match=message) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_large_seeds_and_small_temperatures(model):
+    draw = lambda seed: model.generate(["abc"], max_new_tokens=12, temperature=1.0, seed=seed)[0]
+    assert draw(2**31) != draw(2**31 + 1) != draw(2**63) and draw(np.int64(7)) == draw(7)
+    greedy = model.generate(["abc"], max_new_tokens=12)
+    for temperature in (1e-38, 1e-300, np.float32(1e-6)):
+        assert model.generate(["abc"], max_new_tokens=12, temperature=temperature) == greedy
+
+
+def test_weights_that_are_not_finite_give_no_answer(saved):
+    model = herd_jax.load(saved[0])
+    broken = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), model.params)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="the model's logits are not finite numbers, so there is no answer"):
+            dataclasses.replace(model, params=broken).generate(["abc"], temperature=temperature)
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(saved, model):
+    """The model has 261 rows, the tokenizer 259 ids."""
+    output = model.params["ends"]["head"]["output"]
+    eager = {**model.params, "ends": {**model.params["ends"], "head": {**model.params["ends"]["head"], "output": output.at[:, 260].mul(100.0)}}}
+    eager = dataclasses.replace(model, params=eager)
+    for temperature in (0.0, 1.0):
+        assert eager.generate(["abc", "b", "cd"], max_new_tokens=20, temperature=temperature)
+
+
+def test_a_tokenizer_that_loses_text_gives_no_bits_per_byte(model):
+    class Lossy(ByteTokenizer):
+        def _encode_text(self, text):
+            return super()._encode_text(text)[:4]
+
+    with pytest.raises(UserError, match="turned a text of 9 bytes into tokens of 4: its files are damaged"):
+        dataclasses.replace(model, tokenizer=Lossy({})).loss(["a longer."])
 
 
 def test_generation_ends_where_the_context_does(saved):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from herd_jax.data.streams import StreamWriter, token_dtype
+from herd_jax.errors import UserError
 from herd_jax.text.tokenizer import Tokenizer
 
 # A document of a part: its length, the hash of its text (which decides its split), the UTF-8 bytes of its text.
@@ -22,6 +23,10 @@ def write_part(tokenizer: Tokenizer, texts: Iterable[str], part: Path) -> None:
         for text in texts:
             ids = np.array(tokenizer.encode(text, bos=True, eos=True), token_dtype(tokenizer.vocab_size))
             content = text.encode()
+            if tokenizer.is_lossless and (num_bytes := int(tokenizer.bytes_of_tokens[ids].sum())) != len(content):
+                raise UserError(
+                    f"the tokenizer turned a document of {len(content)} bytes into tokens of {num_bytes}: its files are damaged, so copy them again"
+                )
             digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
             tokens.write(ids.data)
             documents.write(np.array((len(ids), digest, len(content)), DOCUMENT).tobytes())

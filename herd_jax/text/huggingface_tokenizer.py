@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from herd_jax.errors import UserError
-from herd_jax.text.protocol import EOS_NAMES, STOP_NAMES, Tokenizer, added_tokens, import_extra, read_config, special_names
+from herd_jax.text.protocol import EOS_NAMES, PROBE, STOP_NAMES, Tokenizer, added_tokens, import_extra, read_config, special_names
 
 # What begin and padding tokens are commonly called, where no tokenizer_config.json beside the file says so.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
@@ -42,6 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(max(vocabulary.values()) + 1, special, *(vocabulary.get(name) for name in (bos, eos, pad)), files)
         self._added = frozenset(added)
         self._is_byte_level = '"ByteLevel"' in steps.get("decoder", "")  # each character of a token's name is a byte
+        keeps_spaces = not any(token.lstrip or token.rstrip for token in added.values()) and steps.get("normalizer", "null") == "null"
+        self.is_lossless = self._is_byte_level and keeps_spaces and sum(map(self.num_bytes, self.encode(PROBE))) == len(PROBE.encode())
         self.adds_bos = self._tokenizer.encode("a").ids[:1] == [self.bos_id] or config.get("add_bos_token") is True
 
     def _add(self, added_token: type, tokens: Mapping[int, dict]) -> None:

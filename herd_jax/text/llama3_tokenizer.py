@@ -22,6 +22,8 @@ MAX_RUN = 25_000  # and is quadratic in runs without a change between whitespace
 class Llama3Tokenizer(Tokenizer):
     """A tiktoken rank file in the Llama 3 layout: the ranks, then 256 special tokens (ids from 128,000 in the released file)."""
 
+    is_lossless = True
+
     def __init__(self, data: bytes, beside: Mapping[str, bytes]) -> None:
         tiktoken = import_extra("tiktoken", "a Llama 3 tokenizer.model")
         lines = (line.split() for line in data.splitlines() if line)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from herd_jax.errors import UserError
 
 # Files of a Hugging Face directory that say more about the tokenizer beside them, of whatever kind it is.
@@ -41,6 +43,7 @@ class Tokenizer(abc.ABC):
     """
 
     byte_fallback_ids: frozenset[int] = frozenset()
+    is_lossless: bool = False  # whether it is known that a text's tokens have all of its bytes
     adds_bos: bool = True  # whether the model's texts begin with `bos_id`, if there is one
     adds_space_once: bool = False  # of those that put a space before a text: not again behind special tokens
 
@@ -88,6 +91,11 @@ class Tokenizer(abc.ABC):
     def split_special(self, text: str) -> list[str]:
         """Cuts `text` at the special tokens it spells: plain parts (possibly empty) at the even places, special tokens at the odd ones."""
         return self._special_pattern.split(text) if self._special_pattern else [text]
+
+    @functools.cached_property
+    def bytes_of_tokens(self) -> np.ndarray:
+        """Returns `num_bytes` of every id: int64 [vocabulary]."""
+        return np.array([self.num_bytes(i) for i in range(self.vocab_size)])
 
     @property
     def generation_config(self) -> dict[str, Any]:

@@ -29,6 +29,8 @@ BYTES_FILE = b"bytes\n"  # the whole of what a saved byte tokenizer consists of
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0 to 255, then begin, end and padding."""
 
+    is_lossless = True
+
     def __init__(self, beside: Mapping[str, bytes]) -> None:
         special_ids = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257, "<|pad|>": 258}
         super().__init__(259, special_ids, 256, 257, 258, {"tokenizer.bytes": BYTES_FILE, **beside})

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import small_tokenizers
 
 from herd_jax import tokenize
 from herd_jax.data import documents
@@ -213,6 +214,20 @@ def test_an_interrupted_run_leaves_what_was_there(monkeypatch, tmp_path, error):
     with pytest.raises((KeyboardInterrupt, UserError), match="^$|t cannot be made: .*No space left"):
         tokenize_files(**arguments, overwrite=True)
     assert files_below(tmp_path / "t") == before
+
+
+def test_text_that_the_tokenizer_loses_is_noticed(tmp_path):
+    """A tokenizer.json whose vocabulary lacks a byte, by someone's hand."""
+    made = small_tokenizers.make_huggingface(tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    (tmp_path / "text.txt").write_text("a b%c")
+    assert made.is_lossless
+    content["model"]["vocab"]["<gone>"] = content["model"]["vocab"].pop("%")
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(path.parent).is_lossless
+    with pytest.raises(UserError, match="turned a document of 5 bytes into tokens of 4: its files are damaged"):
+        tokenize_files([str(tmp_path / "text.txt")], str(path.parent), tmp_path / "data", processes=1)
 
 
 def test_bad_arguments_are_refused(tmp_path):
