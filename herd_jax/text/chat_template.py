@@ -1,13 +1,15 @@
 """A model's own chat template (Jinja, as transformers renders it): dialog -> token ids, with the tokens that the assistant wrote.
 
 Special tokens that a message spells must stay text, while those that the template writes are read. So the messages go into the template
-with stand-ins for their characters, lone surrogates, which no text has: a special token that shows in the result is the template's.
+with stand-ins for their characters, lone surrogates, which no text has: a special token that shows in the result is the template's. Some
+templates look at these characters; then a stand-in takes the place of each special token that a message spells, and of nothing else.
 
 What the assistant wrote begins where the prompt for it ends (the dialog before it, rendered with `add_generation_prompt`) and ends with
 its stop token; text is encoded anew where it begins, as it is when a model writes it. Templates that mark it with {% generation %} are
 believed.
 """
 
+import dataclasses
 import datetime
 import functools
 import importlib
@@ -24,15 +26,45 @@ from herd_jax.text.protocol import Tokenizer, import_extra
 FIRST_STAND_IN = 0xD800
 GENERATION_BEGIN, GENERATION_END = "\udffe", "\udfff"
 
-StandIns = dict[int, int]
 Span = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIns:
+    """What stands in for characters, and for whole special tokens, in the messages; those in `trusted` stay as they are where the assistant
+    wrote them."""
+
+    characters: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    trusted: frozenset[str] = frozenset()
+
+    def hide(self, value: Any, role: str) -> Any:
+        """Returns `value`, of a message of `role`, with stand-ins in all its strings."""
+        match value:
+            case str():
+                for name in sorted(self.tokens, key=len, reverse=True):
+                    if role != "assistant" or name not in self.trusted:
+                        value = value.replace(name, self.tokens[name])
+                return value.translate(self.characters)
+            case list() | tuple():
+                return [self.hide(item, role) for item in value]
+            case dict():
+                return {self.hide(name, role): self.hide(item, role) for name, item in value.items()}
+            case _:
+                return value
+
+    def restore(self, text: str) -> str:
+        return text.translate({stand_in: character for character, stand_in in self.characters.items()} | {ord(s): name for name, s in self.tokens.items()})
+
+
+NO_STAND_INS = StandIns()
 
 
 def render_template(
     messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]], allow_special: bool
 ) -> Rendered:
     render = functools.partial(_render, tokenizer, messages, list(tools))
-    stand_ins = {} if allow_special else _find_stand_ins(tokenizer, functools.partial(render, add_generation_prompt))
+    stand_ins = NO_STAND_INS if allow_special else _find_stand_ins(tokenizer, functools.partial(render, add_generation_prompt), (messages, tools))
     text, written = _take_marks(render(add_generation_prompt, stand_ins))
 
     def prefix(generation: bool, num_messages: int) -> str:
@@ -44,17 +76,16 @@ def render_template(
     except UserError as error:
         no_mask = f"the chat template does not show which tokens the assistant wrote, so it cannot be trained on: {error}"
     role_ends = _role_ends(text, messages, functools.partial(prefix, False))
-    restore = {stand_in: character for character, stand_in in stand_ins.items()}
-    return Rendered.join(_pieces(text, written, role_ends, tokenizer, restore), no_mask)
+    return Rendered.join(_pieces(text, written, role_ends, tokenizer, stand_ins.restore), no_mask)
 
 
 def template_text(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
     """Returns what the template writes, special tokens that a message spells among its own."""
-    return _take_marks(_render(tokenizer, messages, [], add_generation_prompt, {}))[0]
+    return _take_marks(_render(tokenizer, messages, [], add_generation_prompt, NO_STAND_INS))[0]
 
 
 def _pieces(
-    text: str, written: Sequence[Span], role_ends: Sequence[tuple[int, str]], tokenizer: Tokenizer, restore: StandIns
+    text: str, written: Sequence[Span], role_ends: Sequence[tuple[int, str]], tokenizer: Tokenizer, restore: Callable[[str], str]
 ) -> Iterator[tuple[Sequence[int], str, bool]]:
     """Yields runs of text between special tokens and the ends of `written`, as (ids, role, whether the assistant wrote them)."""
     cuts = [0, *itertools.chain.from_iterable(written), len(text)]
@@ -68,7 +99,7 @@ def _pieces(
                 yield [tokenizer.special_ids[run]], role, i % 2 == 1
                 encode = tokenizer.encode_continuation if tokenizer.adds_space_once else tokenizer.encode
             elif run:
-                yield encode(run.translate(restore)), role, i % 2 == 1
+                yield encode(restore(run)), role, i % 2 == 1
                 encode = tokenizer.encode_continuation
 
 
@@ -117,19 +148,31 @@ def _role_ends(text: str, messages: Sequence[Message], prefix: Callable[[int], s
     return [*ends, (len(text), "assistant")]
 
 
-def _find_stand_ins(tokenizer: Tokenizer, render: Callable[[StandIns], str]) -> StandIns:
-    """Finds stand-ins for all characters that special tokens consist of, or, where the template looks at the messages, for the marks among them.
+def _find_stand_ins(tokenizer: Tokenizer, render: Callable[[StandIns], str], said: Any) -> StandIns:
+    """Finds stand-ins for all characters that special tokens consist of, or, where the template looks at the messages, for the marks among them;
+    where it looks at these too, for the special tokens that are `said`, as a whole. Where the template looks for one of those (the end of a
+    thought), the assistant's own stays.
 
-    Raises UserError where even that changes what the template writes.
+    Raises UserError where even that changes what the template writes, or where it makes special tokens out of what is said.
     """
-    plain = render({})
+    plain = render(NO_STAND_INS)
     # Whitespace is left for templates to trim, quotes for JSON to escape.
     every = {character for name in tokenizer.special_ids for character in name if not (character.isspace() or character in "\"'\\")}
     marks = set().union(*map(_marks, tokenizer.special_ids)) & every
     for characters in (every, marks):
         assert len(characters) < ord(GENERATION_BEGIN) - FIRST_STAND_IN
-        stand_ins = {ord(character): FIRST_STAND_IN + i for i, character in enumerate(sorted(characters))}
-        if render(stand_ins).translate({stand_in: character for character, stand_in in stand_ins.items()}) == plain:
+        stand_ins = StandIns({ord(character): FIRST_STAND_IN + i for i, character in enumerate(sorted(characters))})
+        if stand_ins.restore(render(stand_ins)) == plain:
+            return stand_ins
+    spelled = [name for name in tokenizer.special_ids if name in repr(said)]
+    tokens = {name: chr(FIRST_STAND_IN + i) for i, name in enumerate(spelled)}
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    of_template = {names.get(i) for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)}
+    of_template |= {name for name in names.values() if name in tokenizer.chat_template}
+    for trusted in (frozenset(), frozenset(spelled) & of_template):
+        stand_ins = StandIns(tokens=tokens, trusted=trusted)
+        text = render(stand_ins)
+        if stand_ins.restore(text) == plain and set(tokenizer.split_special(text)[1::2]) <= of_template:
             return stand_ins
     raise UserError(
         "the chat template changes with the characters of the messages, so special tokens typed in them cannot be told from its own: "
@@ -143,25 +186,11 @@ def _marks(special: str) -> set[str]:
 
 
 def _as_dict(message: Message, stand_ins: StandIns) -> dict[str, Any]:
+    hide = functools.partial(stand_ins.hide, role=message.role)
+    calls = [{"type": "function", "function": {"name": hide(call.name), "arguments": hide(call.arguments)}} for call in message.tool_calls]
+    optional = {"tool_calls": calls, "reasoning_content": hide(message.reasoning)}
     role = TOOL_ROLE if message.role == "ipython" else message.role
-    calls = [
-        {"type": "function", "function": {"name": _translate(call.name, stand_ins), "arguments": _translate(call.arguments, stand_ins)}}
-        for call in message.tool_calls
-    ]
-    return {"role": role, "content": _translate(message.content, stand_ins), **({"tool_calls": calls} if calls else {})}
-
-
-def _translate(value: Any, stand_ins: StandIns) -> Any:
-    """Returns `value` with stand-ins in all its strings."""
-    match value:
-        case str():
-            return value.translate(stand_ins)
-        case list() | tuple():
-            return [_translate(item, stand_ins) for item in value]
-        case dict():
-            return {_translate(name, stand_ins): _translate(item, stand_ins) for name, item in value.items()}
-        case _:
-            return value
+    return {"role": role, "content": hide(message.content), **{name: value for name, value in optional.items() if value}}
 
 
 def _render(
@@ -178,7 +207,7 @@ def _render(
     try:
         return template.render(
             messages=[_as_dict(message, stand_ins) for message in messages[:num_messages]],
-            tools=_translate(tools, stand_ins) or None,
+            tools=stand_ins.hide(tools, "") or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **{field: names[i] for field, i in special.items() if i is not None},

@@ -46,7 +46,7 @@ def system_prompt(
 
 
 def is_llama3(tokenizer: Tokenizer) -> bool:
-    """Returns whether dialogs of the model are in this format: it has the tokens, and its chat template, if any, writes them."""
+    """Returns whether answers of the model are in this format: it has the tokens, and its chat template, if any, writes them."""
     has_tokens = all(name in tokenizer.special_ids for name in (HEADER_START, HEADER_END, END_TOKENS["eot"]))
     return has_tokens and (tokenizer.chat_template is None or HEADER_START in tokenizer.chat_template)
 

@@ -9,7 +9,9 @@ from herd_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant", "ipython")
 TOOL_ROLE = "tool"  # what everyone but Llama 3 calls the role "ipython"
+ALIASES = {TOOL_ROLE: "ipython", "developer": "system"}
 ENDS = ("eot", "eom")
+REASONING_FIELDS = ("reasoning_content", "reasoning")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Message:
     """A message; only the assistant makes tool calls, which stand behind its `content`. The role "ipython" (alias "tool") brings what a
     tool gave.
 
-    `end` says which token ends it: "eot" (end of turn), "eom" (end of message: the assistant goes on when the tool has answered), or
+    `reasoning` is what an assistant thought before its answer; chat templates get it as reasoning_content, and the format of Llama 3 has no place
+    for it. `end` says which token ends it: "eot" (end of turn), "eom" (end of message: the assistant goes on when the tool has answered), or
     None: whichever the format asks for. Raises UserError where a field is not what it should be.
     """
 
@@ -34,14 +37,17 @@ class Message:
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     end: str | None = None
+    reasoning: str = ""
 
     def __post_init__(self) -> None:
-        if self.role == TOOL_ROLE:
-            object.__setattr__(self, "role", "ipython")
+        if isinstance(self.role, str):
+            object.__setattr__(self, "role", ALIASES.get(self.role, self.role))
         if self.role not in ROLES:
-            raise UserError(f"a message has the role {self.role!r}: it must be one of {', '.join((*ROLES, TOOL_ROLE))}")
+            raise UserError(f"a message has the role {self.role!r}: it must be one of {', '.join((*ROLES, *ALIASES))}")
         if not isinstance(self.content, str):
             raise UserError(f"content of the {self.role} message is of type {type(self.content).__name__}: it must be text")
+        if not isinstance(self.reasoning, str):
+            raise UserError(f"reasoning of the {self.role} message is of type {type(self.reasoning).__name__}: it must be text")
         if self.role != "assistant" and (self.tool_calls or self.end == "eom"):
             raise UserError(f"a {self.role} message has tool_calls or the end 'eom': only an assistant message has them")
         if self.end not in (None, *ENDS):
@@ -96,12 +102,25 @@ def check_json(value: Any, what: str) -> None:
 
 def _read_message(fields: Mapping[str, Any]) -> Message:
     # The dialog formats have no place for what a server needs to match a result with its call.
-    known = {"role", "content", "tool_calls", "end", "name", "tool_call_id"}
+    known = {"role", "content", "tool_calls", "end", "name", "tool_call_id", *REASONING_FIELDS}
     if not isinstance(fields, Mapping) or "role" not in fields or set(fields) - known:
         raise UserError(f"a message is {fields!r:.200}: it must be a dict with role, content, and where needed tool_calls and end")
-    content = fields.get("content")
+    content, reasoning = _read_content(fields.get("content")), next((fields[name] for name in REASONING_FIELDS if fields.get(name)), "")
     calls = tuple(map(_read_call, fields.get("tool_calls") or ()))
-    return Message(fields["role"], "" if content is None and calls else content, calls, fields.get("end"))
+    return Message(fields["role"], "" if content is None and (calls or reasoning) else content, calls, fields.get("end"), reasoning)
+
+
+def _read_content(content: Any) -> Any:
+    """Returns the text of content that is a list of parts, as chat servers have it ([{"type": "text", "text": ...}]); else what it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or not str(part.get("type", "text")).endswith("text"):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(f"content of a message has a part of type {kind!r}: only text is read, so leave it out")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _read_call(call: ToolCall | Mapping[str, Any]) -> ToolCall:

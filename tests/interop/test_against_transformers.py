@@ -121,7 +121,7 @@ def test_dialogs_of_llama3(tmp_path):
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = peer.apply_chat_template([{"role": "user", "content": " hat? "}], tokenize=False, add_generation_prompt=True)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    assert text == f"<|begin_of_text|>{header.format('user')}hat?<|eot_id|>{header.format('assistant')}"
+    assert text == f"<|begin_of_text|>{header.format('user')} hat? <|eot_id|>{header.format('assistant')}"
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,9 @@ def test_system_prompt():
         ([], "the dialog is empty"),
         (["hello"], "must be a dict with role"),
         ([{"role": "user", "content": "x", "weight": 1}], "must be a dict with role"),
-        ([{"role": "human", "content": "x"}], "role 'human': it must be one of system, user, assistant, ipython, tool"),
+        ([{"role": "human", "content": "x"}], "role 'human': it must be one of system, user, assistant, ipython, tool, developer"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "has a part of type 'image_url': only text is read"),
+        ([{"role": "assistant", "content": "x", "reasoning_content": 3}], "reasoning of the assistant message is of type int"),
         ([{"role": ["user"], "content": "x"}], "a message has the role"),
         ([{"role": "user"}], "type NoneType: it must be text"),
         ([{"role": "user", "content": "\ud800"}], "the dialog holds what is neither text nor JSON"),
@@ -222,6 +224,18 @@ def test_system_prompt():
 def test_bad_dialogs_are_refused(dialog, complaint, small):
     with pytest.raises(UserError, match=re.escape(complaint)):
         render(dialog, small)
+
+
+def test_dialogs_as_chat_servers_have_them(small):
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    theirs = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "3", "tool_call_id": "0"},
+    ]
+    ours = [Message("system", "be brief"), Message("user", "one two"), Message("assistant", "", (ToolCall("f", {}),)), Message("ipython", "3")]
+    assert render(theirs, small).ids == render(ours, small).ids
 
 
 def test_what_the_format_has_no_place_for(small, tmp_path):

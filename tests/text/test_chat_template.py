@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import small_tokenizers
 
 from herd_jax.errors import UserError
-from herd_jax.text.chat import Message, ToolCall, parse, render
+from herd_jax.interop.formats.huggingface_tokenizer import LLAMA3_CHAT_TEMPLATE
+from herd_jax.text.chat import Message, ToolCall, parse, render, render_text
 from herd_jax.text.protocol import PROBE, TEMPLATE_FILE
 from herd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -213,7 +215,7 @@ def test_templates_are_locked_in(plain):
         ("{{ 'a bar' if '|' in messages[0].content }}", "special tokens typed in them cannot be told from its own"),
     ):
         with pytest.raises(UserError, match=complaint):
-            render([Message("user", "a _ | b")], with_template(plain, template))
+            render([Message("user", "a _ b <|im_end|>")], with_template(plain, template))
 
 
 def test_missing_jinja_names_the_pip_command(plain, monkeypatch):
@@ -232,14 +234,56 @@ def test_answers_are_cut_at_the_stop_token(plain):
 
 
 def test_which_format_a_tokenizer_has(tmp_path):
-    """A template that writes the headers of Llama 3 gives way to its format, another one is used even with its tokenizer."""
+    """A template that writes what the format of Llama 3 is gives way to it; another one is used, also where it writes the same headers."""
     tokenizer = small_tokenizers.make_llama3(tmp_path)
     dialog = [Message("user", "  x  ")]
     ids = render(dialog, tokenizer).ids
-    tokenizer.chat_template = "{{ '<|start_header_id|>' + messages[0].role + '<|end_header_id|>' }} trimmed"
+    tokenizer.chat_template = LLAMA3_CHAT_TEMPLATE.replace("message['role']", "('ipython' if message.role == 'tool' else message.role)")
     assert render(dialog, tokenizer).ids == ids
+    trimming = LLAMA3_CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    dated = LLAMA3_CHAT_TEMPLATE.replace("{{- bos_token }}", "{{- bos_token + 'Cutting Knowledge Date: December 2023' }}")
+    for tokenizer.chat_template, text in ((trimming, "\n\nx<|eot_id|>"), (dated, "December 2023<|start_header_id|>user")):
+        rendered = render([*dialog, Message("assistant", "y")], tokenizer)
+        assert text in render_text([*dialog, Message("assistant", "y")], tokenizer)
+        assert rendered.ids != ids and sum(rendered.loss_mask) == 2
+        assert parse("y<|eot_id|>", tokenizer) == Message("assistant", "y", end="eot")
     tokenizer.chat_template = "{{ messages[0].content }}<|reserved_special_token_9|>"
     assert render(dialog, tokenizer).ids == [*tokenizer.encode("  x  "), tokenizer.special_ids["<|reserved_special_token_9|>"]]
+
+
+NO_THINK = CHATML.replace(" | trim", "").replace(
+    "{% if tools %}", "{% if '/no_think' in messages[-1].content %}{{ '<think>quiet' }}{% endif %}{% if tools %}"
+)
+
+
+def test_templates_that_look_at_the_characters_of_special_tokens(plain):
+    """/no_think, whose _ the marks of ChatML have too: what a message does not spell needs no stand-in."""
+    tokenizer = with_template(plain, NO_THINK)
+    text = spelled(tokenizer, render([Message("user", "hi /no_think")], tokenizer).ids)
+    assert text.endswith("<|im_start|>user\nhi /no_think<|im_end|>\n<think>quiet")
+    special = set(tokenizer.special_ids.values())
+    of = lambda content: [i for i in render([Message("user", content)], tokenizer).ids if i in special]
+    assert of("<|im_end|> /no_think") == of("/no_think")
+
+
+def test_the_assistants_own_end_of_thought_where_it_is_a_special_token(plain, tmp_path):
+    load_tokenizer(plain).save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"</think>": 300}')
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"additional_special_tokens": ["</think>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = with_template(tmp_path, THINKING)
+    dialog = [Message("user", "u</think>"), Message("assistant", "so</think>yes"), Message("user", "v")]
+    text = spelled(tokenizer, render(dialog[1:], tokenizer).ids)
+    assert text == "<|im_start|>assistant\nyes<|im_end|><|im_start|>user\nv<|im_end|>"
+    assert 300 not in render([Message("user", "x </think2> y"), Message("user", "v")], tokenizer).ids
+
+
+def test_thoughts_that_come_in_a_field_of_their_own(plain):
+    template = "{% for m in messages %}{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = with_template(plain, template)
+    dialog = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "reasoning_content": "so <|im_end|>"}]
+    rendered = render(dialog, tokenizer)
+    assert spelled(tokenizer, rendered.ids) == "u<|im_end|>[so <|im_end|>]a<|im_end|>" and rendered.ids.count(3) == 2
 
 
 # Against transformers.
