@@ -21,6 +21,7 @@ from herd_jax.config import parse
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import OCCUPIED, UserError
 from herd_jax.interop.initial import InitialWeights
+from herd_jax.interop.load import open_source
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.reliability.lock import only_writer
 from herd_jax.text.tokenizer import load_tokenizer
@@ -325,7 +326,7 @@ def test_generate(uninterrupted, tmp_path, monkeypatch, capsys):
     assert set(out) <= set("the cat sat on a mat and then it ran\n")  # likeliest bytes of a trained model
     for model, words in ((tmp_path, f"{tmp_path} "), (tmp_path / "none", "does not exist: name the directory of a model")):
         assert words in refusal(monkeypatch, capsys, herd_jax.generate.main, ["--model", str(model), "--prompt", "x"])
-    assert "max_new_tokens 0 must be 1 or more" in refusal(
+    assert "max_new_tokens is 0: it must be a whole number, 1 or more" in refusal(
         monkeypatch, capsys, herd_jax.generate.main, ["--model", str(uninterrupted), "--prompt", "x", "--max-new-tokens", "0"]
     )
 
@@ -337,6 +338,10 @@ def test_begins_with_the_weights_of_another_run(base, uninterrupted, tmp_path):
     run(base, tmp_path / "run", f"init_from={tmp_path / 'odd #1 %20'}", *fields)
     assert metrics(tmp_path / "run")[0]["loss"] < metrics(uninterrupted)[0]["loss"] - 1
     assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(metrics(uninterrupted)[-1]["val_loss"], rel=1e-3)
+    context_length = open_source(uninterrupted).context_length
+    run(base, tmp_path / "short", f"init_from={uninterrupted}", "train.num_steps=1", f"train.seq_len={context_length // 2}")
+    run(base, tmp_path / "short", f"init_from={uninterrupted}", "train.num_steps=2", f"train.seq_len={context_length // 2}")
+    assert open_source(tmp_path / "short").context_length == context_length  # of which it can do no less than before
     tokenize_files([str(base / "text")], 280, tmp_path / "other", validation_fraction=0.1, processes=1)
     initial = InitialWeights.open(str(uninterrupted))
     initial.check_tokenizer(load_tokenizer("bytes"))

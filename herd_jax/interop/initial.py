@@ -50,6 +50,10 @@ class InitialWeights:
     def fingerprint(self) -> str:
         return self.source.fingerprint
 
+    @property
+    def context_length(self) -> int | None:
+        return self.source.context_length
+
     def load_state(self, steps: Steps, seed: int) -> State:
         if self.moments:
             return steps.plan.at_its_beginning(read_state(self.source.directory.parent, steps.plan))

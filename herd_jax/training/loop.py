@@ -64,7 +64,10 @@ def train(config: RunConfig, task: Task, initial: Initial | None = None) -> None
         console.message(describe(config, steps, data.num_tokens, first_step))
         spikes = Spikes(config.train.on_spike, config.train.spike_factor, config.train.spike_window, position)
         goodput = GoodputSoFar(workdir, timeline, first_step)
-        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, known, goodput, Pulse(mesh))
+        # A model that is trained on with shorter sequences keeps the context that it was made for.
+        context_length = position.get("context_length") or initial and initial.context_length
+        pulse = Pulse(mesh)
+        loop = _Loop(config, steps, data, checkpointer, writer, console, timeline, signals, spikes, initial, known, context_length, goodput, pulse)
         loop.train(state, first_step, position.get("evaluation_due"))
         timeline.enter("checkpoint stall")
         checkpointer.wait()
@@ -109,6 +112,7 @@ class _Loop:
     spikes: Spikes
     initial: Initial | None
     identities: Identities
+    context_length: int | None  # of the model that the run began with
     goodput: GoodputSoFar
     pulse: Pulse
     beat: Beat | None = None  # the last one that was read
@@ -303,5 +307,6 @@ class _Loop:
         self.timeline.enter("checkpoint stall", step)
         position = {"step": step, "tokens": self.config.train.ramp.tokens_before(step), "identities": self.identities} | self.spikes.record()
         position |= {"evaluation_due": evaluation_due} if evaluation_due else {}
+        position |= {"context_length": self.context_length} if self.context_length else {}
         canonical = self.steps.plan.to_canonical(state)
         return self.checkpointer.save(step, canonical, to_dict(self.config), position, val_loss, durable=durable)

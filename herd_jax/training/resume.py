@@ -43,6 +43,10 @@ class Initial(Protocol):
     def fingerprint(self) -> str:
         """Returns the same text for the same weights, wherever they lie."""
 
+    @property
+    def context_length(self) -> int | None:
+        """Returns how many tokens the model was made for, if that is known."""
+
     def load_state(self, steps: Steps, seed: int) -> State:
         """Returns the state before the first step; what is not given is made from `seed`."""
 

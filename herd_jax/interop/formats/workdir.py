@@ -55,7 +55,7 @@ def newest_checkpoints(workdir: Path, number: int) -> list[Path]:
 
 def _source(path: Path, workdir: Path, directory: Path, record: dict) -> "CheckpointSource":
     run = parse_saved(record["config"])
-    context_length = max(phase.seq_len for phase in run.train.ramp.phases)
+    context_length = max(record["position"].get("context_length") or 0, *(phase.seq_len for phase in run.train.ramp.phases))
     tokenizer_path = tokenizer_in(workdir / TOKENIZER)
     return CheckpointSource(
         path, run.model.resolve(), np.dtype(np.float32), context_length, tokenizer_path, directory, record["checksums"], _run_of(run, record)

@@ -148,6 +148,13 @@ class _StageBefore:
     stage: RunConfig
     num_steps: int
 
+    @property
+    def context_length(self) -> int:
+        """Returns the longest sequences of that stage, or what it began with."""
+        _, record = Checkpointer(_checkpoints(self.stage), keep=1).newest() or (None, {"position": {}})
+        longest = max(phase.seq_len for phase in self.stage.train.ramp.phases)
+        return max(longest, record["position"].get("context_length") or 0)
+
     def load_state(self, steps: Steps, seed: int) -> State:
         """Returns a state with that stage's parameters, optimizer moments and their age; its step, the clock of the schedule, is 0."""
         checkpointer = Checkpointer(_checkpoints(self.stage), self.stage.checkpoint.keep)
