@@ -14,8 +14,8 @@ from flax import nnx
 from herd_jax.errors import UserError
 from herd_jax.models.attention.attention import attention
 from herd_jax.models.layers import look_up, rms_norm
-from herd_jax.models.products import project
 from herd_jax.models.params import bind, declarations, declare, normal, ones
+from herd_jax.models.products import project
 from herd_jax.models.rope import frequencies, rotate, rotations
 
 

@@ -20,8 +20,8 @@ from herd_jax.models import fp8
 from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.layers import look_up, recompute, rms_norm
-from herd_jax.models.products import project
 from herd_jax.models.params import bind, declarations, declare, normal, ones, stacked
+from herd_jax.models.products import project
 from herd_jax.models.rope import frequencies, rotate, rotations
 from herd_jax.parallel import collectives, context, tensor
 from herd_jax.parallel.pipeline import Program
