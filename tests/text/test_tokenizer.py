@@ -376,6 +376,20 @@ def test_stop_tokens_that_chatml_adds_to_sentencepiece(made, tmp_path):
     assert tokenizer.encode("a<|im_end|>", allow_special=True)[-1] == size + 1
 
 
+def test_files_that_a_library_cannot_read_are_named_with_its_reason(made, tmp_path):
+    made["huggingface"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"BPE"', '"OfTomorrow"'))
+    with pytest.raises(UserError, match="cannot be read as a Hugging Face tokenizer.json .*: it or a file beside it is damaged, or made for a newer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "x.model").write_bytes(b"aGk= 0\nbroken\n")
+    with pytest.raises(UserError, match="x.model cannot be read as a tiktoken rank file"):
+        load_tokenizer(tmp_path / "x.model")
+    (tmp_path / "y.model").write_bytes(b"\x0a\xff")
+    with pytest.raises(UserError, match="y.model cannot be read as a SentencePiece model"):
+        load_tokenizer(tmp_path / "y.model")
+
+
 def test_added_tokens_of_other_ids_are_refused(made, tmp_path):
     made["huggingface"].save(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|turn|>": 9000}))
