@@ -40,10 +40,10 @@ READ = {
 HARMLESS = {
     *("torch_dtype", "dtype", "use_cache", "pretraining_tp", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "max_length"),
     *("min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams", "num_beam_groups", "diversity_penalty", "typical_p", "length_penalty"),
-    *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "return_dict", "id2label", "label2id"),
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "id2label", "label2id"),
     *("chunk_size_feed_forward", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "processor_class", "auto_map"),
-    *("sep_token_id", "unk_token_id", "decoder_start_token_id", "rope_theta_scaling", "max_sequence_length", "model_max_length", "gradient_checkpointing"),
-    *("is_llama_config", "bos_token", "eos_token", "pad_token", "unk_token", "attn_implementation", "license", "base_model", "num_labels", "embd_pdrop"),
+    *("sep_token_id", "unk_token_id", "decoder_start_token_id", "max_sequence_length", "model_max_length", "gradient_checkpointing"),
+    *("is_llama_config", "bos_token", "eos_token", "pad_token", "unk_token", "attn_implementation", "license", "base_model", "num_labels"),
 }
 HARMLESS_BEGINNINGS = ("_", "transformers", "unsloth", "tokenizer_", "output_", "return_dict")
 ROPE_READ = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
