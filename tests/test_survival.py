@@ -47,7 +47,8 @@ def test_supervised_through_a_kill_and_a_preemption(base, uninterrupted, tmp_pat
     goodput = read_goodput(workdir)
     assert goodput.num_starts == 3 and max(interval.step for interval in goodput.intervals) == NUM_STEPS
     assert goodput.seconds["downtime"] > 0 and goodput.seconds["productive"] > 0 and goodput.seconds["hang"] == 0
-    assert f"goodput {goodput.fraction:.1%} of " in out
+    shown = float(re.findall(r"goodput ([\d.]+)% of ", out)[-1])
+    assert shown == pytest.approx(100 * goodput.fraction, abs=0.2)  # the run's own account ends a moment before the timeline
     assert not list((workdir / "flight" / "seen").glob("*.json"))
 
 
