@@ -2,8 +2,10 @@
 
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable
+from typing import IO
 
 USER_ERROR = 1  # mend something; also any other error, with its traceback
 START_AGAIN = 75  # EX_TEMPFAIL: the run was told to stop and has saved; the same command continues it
@@ -43,14 +45,16 @@ class StartAgain(Exception):
 
 def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
     """Wraps `main(argv)` of an entry point: a UserError becomes one line on stderr and its exit status (1, unless its class has another),
-    StartAgain one line and 75, a closed pipe nothing and 1; all else keeps its traceback."""
+    StartAgain one line and 75, nobody left to read the output (head) nothing and 1; all else keeps its traceback."""
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main(sys.argv[1:])
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever reads the output has seen enough, such as head
+        except BrokenPipeError:
+            if not _is_closed(sys.stdout):  # then it is another pipe or a connection, of which nobody must lose sight
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
             sys.exit(USER_ERROR)
         except UserError as error:
@@ -61,3 +65,10 @@ def command_line(main: Callable[[list[str]], None]) -> Callable[[], None]:
             sys.exit(START_AGAIN)
 
     return run
+
+
+def _is_closed(output: IO) -> bool:
+    """Returns whether `output` goes into a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(output.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))

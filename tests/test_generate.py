@@ -12,6 +12,7 @@ import tiny
 
 import herd_jax
 from herd_jax import generate
+from herd_jax.errors import command_line
 from herd_jax.model import Model
 from herd_jax.models.llama import Llama
 from herd_jax.text.protocol import TEMPLATE_FILE
@@ -83,6 +84,15 @@ def test_a_closed_pipe_ends_quietly(saved):
     command = f"{sys.executable} -m herd_jax.generate --model {saved} --prompt abc --max-new-tokens 60 --temperature 0 | head -c 2"
     finished = subprocess.run(["bash", "-c", command], capture_output=True)
     assert (finished.stdout, finished.stderr) == (b"ab", b"")
+
+
+def test_another_pipe_that_breaks_is_not_hidden(capfd):
+    @command_line
+    def main(argv):
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main()
 
 
 def test_pieces_are_shown_before_the_next_is_made(monkeypatch):

@@ -52,14 +52,15 @@ class Sampling:
 def several(texts: Any, name: str) -> list[str]:
     """Returns the texts. Raises UserError for one string where a sequence of them is meant, since its letters would pass for texts, and for
     what is not text."""
-    if isinstance(texts, str) or not hasattr(texts, "__iter__") or not all(isinstance(text, str) for text in texts):
+    listed = None if isinstance(texts, str) or not hasattr(texts, "__iter__") else list(texts)
+    if listed is None or not all(isinstance(text, str) for text in listed):
         raise UserError(f"{name} must be a list of strings: put a single one into a list")
-    for text in texts:
+    for text in listed:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{name} has {text!r:.80} in it, which is no text in UTF-8: correct or drop it") from error
-    return list(texts)
+    return listed
 
 
 def _check(value: Any, name: str, kind: type, what: str, holds) -> None:

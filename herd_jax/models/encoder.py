@@ -81,7 +81,7 @@ class EncoderLayer(nnx.Module):
         qk, v_BTNH = rotate(qkv[..., :2, :], cos_BTh, sin_BTh), qkv[..., 2, :]
         o_BTNH = attention(qk[..., 0, :], qk[..., 1, :], v_BTNH, ((start_BT, end_BT),), self.attention_implementation)
         x_BTD += o_BTNH.reshape(x_BTD.shape) @ self.out[...].reshape(-1, x_BTD.shape[-1])
-        return x_BTD + jax.nn.gelu(project(rms_norm(x_BTD, self.ffn_norm[...], eps), self.up[...])) @ self.down[...]
+        return x_BTD + project(jax.nn.gelu(project(rms_norm(x_BTD, self.ffn_norm[...], eps), self.up[...])), self.down[...])
 
 
 @dataclasses.dataclass(frozen=True)

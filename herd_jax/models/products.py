@@ -1,9 +1,7 @@
 """Products with matrices of weights, forward and backward, in the orders in which no backend copies a large array."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from herd_jax.models.fp8 import Fp8Matrix
 
@@ -43,14 +41,4 @@ def gradient_of_matrix(x_RD: jax.Array, dy_RE: jax.Array, dtype) -> jax.Array:
 
 def multiply(a_MK: jax.Array, b_KN: jax.Array, dtype) -> jax.Array:
     """Returns the product of two matrices as `dtype`, summed in FP32."""
-    plain = lambda a_MK, b_KN: lax.dot(a_MK, b_KN, preferred_element_type=dtype)
-    if a_MK.dtype != jnp.bfloat16:
-        return plain(a_MK, b_KN)
-    return lax.platform_dependent(a_MK, b_KN, cpu=lambda *matrices: _multiply_on_cpu(*matrices).astype(dtype), default=plain)
-
-
-def _multiply_on_cpu(a_MK, b_KN):
-    """Multiplies in the one way for which XLA's CPU backend has BF16 instructions: rows before columns, and a result in FP32."""
-    rows_first = Layout(major_to_minor=(0, 1))
-    a_MK, b_KN = (with_layout_constraint(matrix, rows_first) for matrix in (a_MK, b_KN))
-    return lax.dot(a_MK, b_KN, preferred_element_type=jnp.float32)
+    return lax.dot(a_MK, b_KN, preferred_element_type=dtype)

@@ -38,8 +38,8 @@ def render(
     """Returns the token ids of `dialog`, with a role and a loss mask.
 
     `dialog`: Messages, or dicts with role ("system" or "developer", "user", "assistant", "ipython" or "tool"), content (text, or a list of parts
-    with text), and where needed tool_calls (list of {"name", "arguments"}), reasoning_content and end. `add_assistant_header` makes it a prompt for the assistant's next message. `tools`: the
-    user's own, as dicts with name, description and parameters (a JSON schema). `tool_format` is how Llama 3 describes and calls them:
+    with text), and where needed tool_calls (list of {"name", "arguments"}), reasoning_content and end. `add_assistant_header` makes it a prompt
+    for the assistant's next message. `tools`: the user's own, as dicts with name, description and parameters (a JSON schema). `tool_format` is how Llama 3 describes and calls them:
     "json" and "function_tag" of 3.1, "python_list" of 3.2 1B and 3B; a chat template has its own. `allow_special`: special tokens spelled
     in messages are read as such.
 

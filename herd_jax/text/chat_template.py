@@ -64,7 +64,7 @@ def render_template(
     messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]], allow_special: bool
 ) -> Rendered:
     render = functools.partial(_render, tokenizer, messages, list(tools))
-    stand_ins = NO_STAND_INS if allow_special else _find_stand_ins(tokenizer, functools.partial(render, add_generation_prompt), (messages, tools))
+    stand_ins = NO_STAND_INS if allow_special else _find_stand_ins(tokenizer, functools.partial(render, add_generation_prompt), _said(messages, tools))
     text, written = _take_marks(render(add_generation_prompt, stand_ins))
 
     def prefix(generation: bool, num_messages: int) -> str:
@@ -148,6 +148,10 @@ def _role_ends(text: str, messages: Sequence[Message], prefix: Callable[[int], s
     return [*ends, (len(text), "assistant")]
 
 
+def _said(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list:
+    return [*(_as_dict(message, NO_STAND_INS) for message in messages), *tools]
+
+
 def _find_stand_ins(tokenizer: Tokenizer, render: Callable[[StandIns], str], said: Any) -> StandIns:
     """Finds stand-ins for all characters that special tokens consist of, or, where the template looks at the messages, for the marks among them;
     where it looks at these too, for the special tokens that are `said`, as a whole. Where the template looks for one of those (the end of a
@@ -164,7 +168,7 @@ def _find_stand_ins(tokenizer: Tokenizer, render: Callable[[StandIns], str], sai
         stand_ins = StandIns({ord(character): FIRST_STAND_IN + i for i, character in enumerate(sorted(characters))})
         if stand_ins.restore(render(stand_ins)) == plain:
             return stand_ins
-    spelled = [name for name in tokenizer.special_ids if name in repr(said)]
+    spelled = [name for name in tokenizer.special_ids if StandIns(tokens={name: ""}).hide(said, "") != said]
     tokens = {name: chr(FIRST_STAND_IN + i) for i, name in enumerate(spelled)}
     names = {i: name for name, i in tokenizer.special_ids.items()}
     of_template = {names.get(i) for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)}

@@ -59,6 +59,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "has rope_parameters.mscale 2.0, of which it is not known"),
         ({"residual_multiplier": 0.22}, "has residual_multiplier 0.22, of which it is not known here whether it changes what"),
         ({"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping 50.0"),
+        ({"is_causal": False}, "has is_causal false: only plain Llamas"),
+        ({"partial_rotary_factor": 0.0}, "has partial_rotary_factor 0.0"),
         ({"rope_interleaved": True}, "has rope_interleaved true"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types sliding_attention"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is of a LlamaForSequenceClassification: only language models"),

@@ -114,6 +114,24 @@ def test_every_schedule_against_one_device(mesh, num_micro_batches, schedule, op
     assert float(sums["loss"]) / float(sums["count"]) == pytest.approx(expected[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "mesh, num_micro_batches, options",
+    [
+        ((1, 1, 1, 1), 2, {}),
+        ((2, 2, 1, 2), 2, {"gather": "layer", "attention": "blockwise"}),
+        ((1, 2, 2, 2), 4, {"pipeline": PipelineConfig("zero_bubble"), "remat": "layer"}),
+    ],
+    ids=["one device", "meshed", "zero bubble"],
+)
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(mesh, num_micro_batches, options, rows, one_device):
+    """A backend may take another way for its products than in FP32."""
+    loss, gradient = tiny.loss_and_gradient(tiny.make_steps(*mesh, dtype=jnp.bfloat16, **options), rows, num_micro_batches)
+    assert loss == pytest.approx(one_device[0], rel=1e-2)
+    for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(one_device[1]), strict=True):
+        error = np.linalg.norm(np.float64(got) - np.float64(expected)) / np.linalg.norm(np.float64(expected))
+        assert error < 0.06, (jax.tree_util.keystr(path), error)
+
+
 def test_packed_documents_are_as_if_alone(rows):
     """Each document of a packed row, cut out and padded to a row of its own, gives the same loss and gradient."""
     packed = tiny.make_rows(seed=3, num_rows=4)

@@ -52,12 +52,13 @@ def parse_config(values: dict[str, Any], path: Path, tensors: "_Tensors") -> Lla
         raise UserError(f"{path} has {values['llama.expert_count']} experts: only plain Llamas, without experts, are read")
     if (kind := values.get("llama.rope.scaling.type", "none")) != "none":
         raise UserError(f"{path} scales RoPE in the way '{kind}': only that of Llama 3.1 and none are read")
-    dim, num_heads = values["llama.embedding_length"], _of_all_layers("llama.attention.head_count", values, path)
+    dim, num_heads = values["llama.embedding_length"], _of_all_layers(values["llama.attention.head_count"], "attention.head_count", path)
     head_dim = values.get("llama.attention.key_length", dim // num_heads)
     plain = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0,
              "rope.scaling.attn_factor": 1.0, "attention.causal": True}  # fmt: skip
     for name, expected in plain.items():
-        if (value := values.get(f"llama.{name}") or expected) != expected:
+        value = values.get(f"llama.{name}", expected)
+        if value != expected and not (isinstance(expected, float) and value == 0):  # a factor of 0 is none
             raise UserError(f"{path} has llama.{name} {value}: only plain Llamas ({name} {expected}) are read")
     of_model = {name.removeprefix("llama."): value for name, value in values.items() if name.startswith("llama.")}
     refuse_unknown(of_model, READ | HARMLESS | plain.keys(), (), path, "llama.")
@@ -66,9 +67,9 @@ def parse_config(values: dict[str, Any], path: Path, tensors: "_Tensors") -> Lla
         dim=dim,
         num_layers=values["llama.block_count"],
         num_heads=num_heads,
-        num_kv_heads=_of_all_layers("llama.attention.head_count_kv", values, path) or num_heads,
+        num_kv_heads=_of_all_layers(values.get("llama.attention.head_count_kv", num_heads), "attention.head_count_kv", path),
         head_dim=head_dim,
-        ffn_dim=_of_all_layers("llama.feed_forward_length", values, path),
+        ffn_dim=_of_all_layers(values["llama.feed_forward_length"], "feed_forward_length", path),
         vocab_size=values.get("llama.vocab_size") or tensors.shapes[GGUF.embedding][0],
         rope_theta=theta,
         rope_scaling=_parse_rope_scaling(path, head_dim, theta, tensors),
@@ -92,13 +93,12 @@ def _tokenizer_of(path: Path, kind: dict[str, str]) -> Path | None:
     return beside
 
 
-def _of_all_layers(name: str, values: dict[str, Any], path: Path) -> int | None:
+def _of_all_layers(value: int | list[int], name: str, path: Path) -> int:
     """Returns a number, of which a file may have one for each layer. Raises UserError where these differ."""
-    value = values.get(name) if name.endswith("_kv") else values[name]
     if not isinstance(value, list):
         return value
     if len(set(value)) != 1:
-        raise UserError(f"{path} has a {name} of its own for each layer ({', '.join(map(str, value[:8]))} ...): only models whose layers are alike are read")
+        raise UserError(f"{path} has a llama.{name} of its own for each layer ({', '.join(map(str, value[:8]))} ...): only models whose layers are alike are read")
     return value[0]
 
 

@@ -28,8 +28,8 @@ PLAIN = {
     "num_local_experts": None,
     "partial_rotary_factor": 1.0,
     "is_encoder_decoder": False,
-    "is_decoder": True,
     "add_cross_attention": False,
+    "is_causal": True,
 }
 READ = {
     *("model_type", "architectures", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -43,7 +43,7 @@ HARMLESS = {
     *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "id2label", "label2id"),
     *("chunk_size_feed_forward", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "processor_class", "auto_map"),
     *("sep_token_id", "unk_token_id", "decoder_start_token_id", "max_sequence_length", "model_max_length", "gradient_checkpointing"),
-    *("is_llama_config", "bos_token", "eos_token", "pad_token", "unk_token", "attn_implementation", "license", "base_model", "num_labels"),
+    *("is_llama_config", "is_decoder", "bos_token", "eos_token", "pad_token", "unk_token", "attn_implementation", "license", "base_model", "num_labels"),
 }
 HARMLESS_BEGINNINGS = ("_", "transformers", "unsloth", "tokenizer_", "output_", "return_dict")
 ROPE_READ = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
@@ -86,7 +86,7 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
     if heads:
         raise UserError(f"{path} is of a {heads[0]}: only language models (LlamaForCausalLM) are read")
     for field, plain in PLAIN.items():
-        if (values.get(field) or plain) != plain:
+        if (value := values.get(field)) is not None and value != plain and (value or plain):
             raise UserError(f"{path} has {field} {json.dumps(values[field])}: only plain Llamas ({field} {json.dumps(plain)}) are read")
     if odd := {*(values.get("layer_types") or ["full_attention"])} - {"full_attention"}:
         raise UserError(f"{path} has layer_types {', '.join(sorted(odd))}: only plain Llamas (full_attention) are read")

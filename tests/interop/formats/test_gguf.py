@@ -106,6 +106,7 @@ def test_refusals(tmp_path):
     refused("scales RoPE otherwise than Llama 3.1", dataclasses.replace(CONFIG, rope_scaling=RopeScaling(8.0, 1.0, 2.0)))
     refused("has llama.rope.scaling.factor 4.0", add_rope_scaling_factor=4.0)
     refused("has llama.rope.dimension_count 4: only plain Llamas .rope.dimension_count 8", add_rope_dimension_count=4)
+    refused("has llama.attention.causal False: only plain Llamas", add_causal_attention=False)
     refused("has llama.attention.sliding_window 512, of which it is not known", add_sliding_window=512)
     refused("has llama.logit_scale 2.0, of which it is not known", add_logit_scale=2.0)
     refused("has llama.rope.scale_linear 4.0", add_float32=("llama.rope.scale_linear", 4.0))
