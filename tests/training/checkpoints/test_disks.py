@@ -7,7 +7,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
-from test_checkpoint import CONFIG, abstract, assert_same_bits, make_state
+from saved_states import CONFIG, abstract, assert_same_bits, make_state
 
 from herd_jax.errors import PEER_LOST, FailedAlone, UserError
 from herd_jax.training.checkpoints import orbax_storage
