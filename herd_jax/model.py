@@ -18,8 +18,10 @@ from herd_jax.inference.decoder import Decoder
 from herd_jax.inference.sampling import NOT_FINITE, Sampling, several
 from herd_jax.inference.scoring.whole_rows import Scorer, bucket
 from herd_jax.inference.stopping import StopCondition
+from herd_jax.inference.weights import Weights
 from herd_jax.interop import save as interop
-from herd_jax.interop.load import load_params, open_source
+from herd_jax.interop.load import load_array, open_source
+from herd_jax.interop.mesh_reader import MeshReader
 from herd_jax.interop.source import Source
 from herd_jax.mesh import MeshConfig, make_mesh, request_cpu_devices
 from herd_jax.models.config import LlamaConfig
@@ -52,7 +54,7 @@ def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | N
 def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
     """Does what `load` does, with a model that is open already."""
     _check(dtype)
-    if isinstance(mesh, MeshConfig):
+    if isinstance(mesh, MeshConfig) and not jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # jax has started: make_mesh says whether the mesh fits its devices
             request_cpu_devices(mesh)
     if not isinstance(mesh, Mesh):
@@ -61,8 +63,8 @@ def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: st
     source.config.check_mesh(mesh)
     model, layout = Llama.make(source.config, "blockwise"), Layout.make(mesh, source.config.num_layers)
     compute = DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
-    params = load_params(source, layout, model.declared, compute)
-    return Model(model, layout, params, source.tokenizer, source.context_length, compute)
+    read = lambda name, declaration, stored: load_array(source, name, declaration, mesh, stored, compute)
+    return Model(model, layout, Weights(model, layout, compute, read), source.tokenizer, source.context_length, compute)
 
 
 def _check(dtype: str | None) -> None:
@@ -82,18 +84,32 @@ def _only(stream: Generator[list[str], None, list[bool]]) -> Generator[str, None
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Parameters on a mesh and their tokenizer. `context_length` in tokens; None: no limit is known."""
+    """Weights on a mesh and their tokenizer. `context_length` in tokens; None: no limit is known."""
 
     llama: Llama
     layout: Layout
-    params: dict
+    weights: Weights
     tokenizer: Tokenizer | None
     context_length: int | None
     dtype: jnp.dtype
 
+    @classmethod
+    def of(cls, llama: Llama, layout: Layout, params: dict, tokenizer: Tokenizer | None, context_length: int | None, dtype: jnp.dtype) -> "Model":
+        """Returns a model of parameters that are there already, as training stores them."""
+        return cls(llama, layout, Weights.of(params, llama, layout, dtype), tokenizer, context_length, dtype)
+
     @property
     def config(self) -> LlamaConfig:
         return self.llama.config
+
+    @property
+    def params(self) -> dict:
+        """Returns the parameters as training stores them."""
+        return self.weights.stacked()
+
+    def with_params(self, params: dict) -> "Model":
+        """Returns the same model with other parameters, which are as training stores them."""
+        return Model.of(self.llama, self.layout, params, self.tokenizer, self.context_length, self.dtype)
 
     def logits(self, token_ids) -> np.ndarray:
         """Returns, for ids int [B, S], the logits of the next token after each, FP32 [B, S, V]."""
@@ -160,12 +176,13 @@ class Model:
         return "".join(self.stream_chat(messages, max_new_tokens, temperature, top_p, seed, stop))
 
     def save(self, directory: str | Path, format: str = "herd") -> None:
-        """Writes the model, in the dtype it is held in, and its tokenizer as "herd", "huggingface" or "meta".
+        """Writes the model, in the dtype it is held in, and its tokenizer as "herd", "huggingface" or "meta" (a file for each tp rank).
 
-        Raises UserError if the directory exists or the format is another.
+        On the mesh of several processes all make this call, and write together into a directory that they share. Raises UserError if the
+        directory exists or the format is another.
         """
-        read = interop.reader(self.layout, self.llama.declared, self.params)
-        interop.save(directory, format, self.config, read, self.dtype, self.tokenizer, self.context_length)
+        read, tp = MeshReader(self.weights), self.layout.mesh.shape["tp"]
+        interop.save(directory, format, self.config, read, self.dtype, self.tokenizer, self.context_length, tp)
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
@@ -174,10 +191,6 @@ class Model:
     @functools.cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self.llama, self.layout, self.dtype)
-
-    @functools.cached_property
-    def _weights(self):
-        return self._decoder.prepare(self.params)
 
     def text_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises UserError where there is none."""
@@ -243,10 +256,10 @@ class Model:
         ids, padding = np.zeros((batch, size), np.int32), np.full(batch, size - 1, np.int32)
         for i, row in enumerate(rows):
             ids[i, size - len(row) :], padding[i] = row, size - len(row)
-        num_ids = self.text_tokenizer().vocab_size
-        logits, cache = self._decoder.prefill(bucket(size + num_steps))(self._weights, ids, padding)
+        num_ids, weights = self.text_tokenizer().vocab_size, self.weights.apart()
+        logits, cache = self._decoder.prefill(bucket(size + num_steps))(weights, ids, padding)
         for step in range(num_steps):
             new = sampling.choose(logits, step, num_ids)
             if step + 1 < num_steps:
-                logits, cache = self._decoder.decode(self._weights, cache, new, padding, jnp.int32(size + step))
+                logits, cache = self._decoder.decode(weights, cache, new, padding, jnp.int32(size + step))
             yield np.asarray(new)[: len(rows)]

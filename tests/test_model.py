@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
     steps = tiny.make_steps(config=CONFIG)
     params = steps.plan.init(0).params
     directory = tmp_path_factory.mktemp("model") / "herd"
-    model = Model(Llama.make(CONFIG, "blockwise"), steps.layout, params, load_tokenizer("bytes"), 64, jnp.float32)
+    model = Model.of(Llama.make(CONFIG, "blockwise"), steps.layout, params, load_tokenizer("bytes"), 64, jnp.float32)
     model.save(directory)
     return directory, tiny.canonical_params(steps)
 
@@ -166,14 +166,14 @@ def test_weights_that_are_not_finite_give_no_answer(saved):
     broken = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), model.params)
     for temperature in (0.0, 1.0):
         with pytest.raises(UserError, match="the model's logits are not finite numbers, so there is no answer"):
-            dataclasses.replace(model, params=broken).generate(["abc"], temperature=temperature)
+            model.with_params(broken).generate(["abc"], temperature=temperature)
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(saved, model):
     """The model has 261 rows, the tokenizer 259 ids."""
     output = model.params["ends"]["head"]["output"]
     eager = {**model.params, "ends": {**model.params["ends"], "head": {**model.params["ends"]["head"], "output": output.at[:, 260].mul(100.0)}}}
-    eager = dataclasses.replace(model, params=eager)
+    eager = model.with_params(eager)
     for temperature in (0.0, 1.0):
         assert eager.generate(["abc", "b", "cd"], max_new_tokens=20, temperature=temperature)
 

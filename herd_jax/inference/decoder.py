@@ -1,8 +1,7 @@
 """Prefill and decode with a KV cache: the simple exact way, as one device's share. tp splits heads, feed-forward dim and vocabulary, pp the
 layers; rows are the same on all dp and cp ranks.
 
-Rows are padded on the left, so that all of them write the cache at the same index. Weights are laid out once for matrix-vector products: an
-array for each layer, and an output matrix of its own even where it is tied to the embedding.
+Rows are padded on the left, so that all of them write the cache at the same index.
 """
 
 import dataclasses
@@ -14,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from herd_jax.mesh import FSDP_AXES, on_mesh
+from herd_jax.inference.weights import apart_specs
+from herd_jax.mesh import on_mesh
 from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Llama
-from herd_jax.models.params import Layout, map_declarations
+from herd_jax.models.params import Layout
 from herd_jax.parallel import collectives, tensor
 from herd_jax.parallel.relay import relay
 
@@ -27,7 +27,8 @@ CACHE_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, B, K, H, S] and val
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A model on a mesh, each pipeline rank with one chunk of layers. `dtype` is that of the weights, activations and the cache."""
+    """A model on a mesh, each pipeline rank with one chunk of layers. `dtype` is that of the weights, which are those of `Weights.apart`, the
+    activations and the cache."""
 
     model: Llama
     layout: Layout
@@ -41,18 +42,6 @@ class Decoder:
     def num_slots(self) -> int:
         """Returns the number of layer slots of a pipeline rank."""
         return max(1, *self.layout.layers_per_stage)
-
-    @functools.cached_property
-    def prepare(self):
-        """Returns the function from stored parameters to weights for `prefill` and `decode`: whole over FSDP, each parameter a list of layers."""
-        stored = map_declarations(self.layout.spec, self.model.declared)
-
-        def prepare(params):
-            whole = self.layout.gather(params, self.model.declared, self.dtype)
-            layers = {name: [stack[slot : slot + 1] for slot in range(len(stack))] for name, stack in whole["layers"].items()}
-            return {"ends": whole["ends"], "layers": layers} | ({"output": whole["ends"]["embed"]["table"].T} if self.config.tie_embeddings else {})
-
-        return self.jit(prepare, (stored,), self.weight_specs)
 
     @functools.cached_property
     def prefill(self):
@@ -133,14 +122,9 @@ class Decoder:
         positions_BT = jnp.maximum(index_T[None] - padding_B[:, None], 0)
         return self.model.rotation(positions_BT)
 
-    @property
+    @functools.cached_property
     def weight_specs(self):
-        whole = lambda spec: PartitionSpec(*(None if axes == FSDP_AXES else axes for axes in spec))
-        num_ranks = len(self.layout.layers_per_stage)
-        slots = lambda d: [whole(self.layout.spec(d))] * (len(self.layout.slots(d)) // num_ranks)
-        ends = map_declarations(lambda d: whole(self.layout.spec(d)), self.model.declared["ends"])
-        layers = map_declarations(slots, self.model.declared["layers"])
-        return {"ends": ends, "layers": layers} | ({"output": PartitionSpec(None, "tp")} if self.config.tie_embeddings else {})
+        return apart_specs(self.model, self.layout)
 
     @property
     def _cache_specs(self):

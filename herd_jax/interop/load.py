@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from herd_jax.errors import UserError
 from herd_jax.files import refuse_pointer, user_path
 from herd_jax.interop.formats import gguf, herd, huggingface, meta, workdir
-from herd_jax.interop.formats.mapping import parameter_name
 from herd_jax.interop.source import Source
-from herd_jax.models.params import Declaration, Layout, is_declaration
+from herd_jax.models.params import Declaration, Layout, Stored, is_declaration, parameter_name
 from herd_jax.reliability.workdir import CHECKPOINTS, STAGES
 from herd_jax.text.gguf_tokenizer import GGUF_MAGIC
 
@@ -51,23 +51,28 @@ def open_source(path: str | Path) -> Source:
 
 
 def load_params(source: Source, layout: Layout, declared: PyTree, dtype) -> PyTree:
-    """Returns the parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype` (or their own).
-
-    Each process reads only what its own devices hold, and its memory holds one device's share of one parameter at a time.
-    """
-
-    def place(path, declaration: Declaration) -> jax.Array:
-        name, shape, own = parameter_name(path), layout.stored_shape(declaration), declaration.dtype or dtype
-
-        def share(index: tuple[slice, ...]) -> np.ndarray:
-            bounds = [range(size)[part] for part, size in zip(index, shape)]
-            if declaration.layers:
-                return _read_layers(source, name, layout.slots(declaration)[index[0]], bounds[1:], declaration.shape, own)
-            return _read_layers(source, name, [None], bounds, declaration.shape, own)[0]
-
-        return jax.make_array_from_callback(shape, layout.sharding(declaration), share, dtype=own)
-
+    """Returns the parameters of `declared` as `layout` stores them, on its mesh and cast to `dtype` (or their own)."""
+    place = lambda path, d: load_array(source, parameter_name(path), d, layout.mesh, layout.stored(d), dtype)
     return jax.tree_util.tree_map_with_path(place, declared, is_leaf=is_declaration)
+
+
+def load_array(source: Source, name: str, declaration: Declaration, mesh: Mesh, stored: Stored, dtype) -> jax.Array:
+    """Returns a parameter as `stored` says, cast to `dtype` (or its own). Raises UserError where the source is gone by now, or damaged.
+
+    Each process reads only what its own devices hold, and its memory holds one device's share at a time.
+    """
+    own = declaration.dtype or dtype
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [range(size)[part] for part, size in zip(index, stored.shape)]
+        try:
+            if stored.layers is None:
+                return _read_layers(source, name, [None], bounds, declaration.shape, own)[0]
+            return _read_layers(source, name, stored.layers[index[0]], bounds[1:], declaration.shape, own)
+        except OSError as error:
+            raise UserError(f"{source.path} can no longer be read ({error.strerror or error}): load the model again from where it is now") from error
+
+    return jax.make_array_from_callback(stored.shape, NamedSharding(mesh, stored.spec), share, dtype=own)
 
 
 def _read_layers(source: Source, name: str, layers: Sequence, bounds: list[range], shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -76,7 +81,7 @@ def _read_layers(source: Source, name: str, layers: Sequence, bounds: list[range
     filled = tuple(slice(part.stop - part.start) for part in index)
     sizes, stack = [len(part) for part in bounds], None
     for slot, layer in enumerate(layers):
-        if layer is None or layer >= 0:
+        if (layer is None or layer >= 0) and all(part.start < part.stop for part in index):
             values = source.read(name, layer, index)
             stack = _zeros_like(values, len(layers), sizes, dtype) if stack is None else stack
             stack[slot][filled] = values

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,24 @@ class Source(abc.ABC):
         return digest.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A model to write, but for its weights: these in `dtype`, and for `tp` ranks of tensor parallelism where the format has a file for each."""
+
+    config: LlamaConfig
+    dtype: np.dtype
+    tokenizer: Tokenizer | None
+    context_length: int
+    tp: int
+
+
+class Arrays(Protocol):
+    """The tensors of a model that is being written."""
+
+    def __call__(self, wanted: set[str]) -> Iterator[np.ndarray]:
+        """Yields the tensors of these names in the order of `tensor_shapes`. To be called once."""
+
+
 def check_tokenizer(config: LlamaConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError where the tokenizer has ids for which the model has no embedding."""
     beyond = range(config.vocab_size, tokenizer.vocab_size)
@@ -80,7 +98,7 @@ class Tensors(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +138,7 @@ class MappedSource(Source):
         mapped = self.mapping[name]
         shape, pieces = mapped.declaration.shape, mapped.pieces
         index = index or (slice(None),) * len(shape)
-        parts = [piece.to_ours(self.tensors.read(piece.tensor.format(layer=layer)), index) for piece in pieces]
+        parts = [piece.to_ours(functools.partial(self.tensors.read, piece.tensor.format(layer=layer)), index) for piece in pieces]
         if len(parts) == 1:
             return parts[0]
         shape = [*parts[0].shape]

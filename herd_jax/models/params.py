@@ -90,6 +90,11 @@ def is_declaration(node) -> bool:
     return isinstance(node, Declaration)
 
 
+def parameter_name(path) -> str:
+    """Returns the name of a parameter, such as "layers.qkv", from its path in the tree of declarations."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def map_declarations(f, declared: PyTree, *trees: PyTree) -> PyTree:
     return jax.tree.map(f, declared, *trees, is_leaf=is_declaration)
 
@@ -97,6 +102,15 @@ def map_declarations(f, declared: PyTree, *trees: PyTree) -> PyTree:
 def count(declared: PyTree) -> int:
     """Returns the number of parameters."""
     return sum(declaration.size for declaration in jax.tree.leaves(declared, is_leaf=is_declaration))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How an array of a parameter lies on a mesh. `layers`: the model's layer in each row of it, -1 in an empty one; None outside the layers."""
+
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    layers: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +189,19 @@ class Layout:
         tp = self.mesh.shape["tp"]
         shape = tuple(-(-n // tp) * tp if axis == "vocab" else n for n, axis in zip(declaration.shape, declaration.axes))
         return (len(self.slots(declaration)), *shape) if declaration.layers else shape
+
+    def stored(self, declaration: Declaration) -> Stored:
+        """Returns how training stores a parameter: all its layers in one array, sharded by FSDP too."""
+        return Stored(self.stored_shape(declaration), self.spec(declaration), self.slots(declaration) if declaration.layers else None)
+
+    def apart(self, declaration: Declaration) -> list[Stored]:
+        """Returns how decoding stores a parameter: an array for each slot of a pipeline rank, or one outside the layers, whole over FSDP."""
+        stacked, num_ranks = self.stored(declaration), self.mesh.shape["pp"]
+        spec = PartitionSpec(*(None if axes == FSDP_AXES else axes for axes in stacked.spec))
+        if stacked.layers is None:
+            return [Stored(stacked.shape, spec, None)]
+        layers_PS = stacked.layers.reshape(num_ranks, -1)
+        return [Stored((num_ranks, *stacked.shape[1:]), spec, layers_P) for layers_P in layers_PS.T]
 
     def init(self, declaration: Declaration, key: jax.Array) -> jax.Array:
         """Returns the first value as it is stored; the parameters are the same on every mesh. Empty slots and padding are zero."""

@@ -23,13 +23,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from herd_jax.errors import HUNG, UserError
 from herd_jax.files import user_path
+from herd_jax.machines.agreement import tell_all
 from herd_jax.mesh import AXES, MeshConfig, make_mesh, on_mesh
 
 _SHARE = 0.9  # of the median, below which a rate or a memory is an outlier
 _MOST_SKEW = 1.0  # seconds between clocks: more makes logs of several hosts hard to read together
 _LIMIT_SECONDS = 300  # for each check
 _ROUNDS = 5
-_ROW_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +184,7 @@ def _try_path(workdir: Path) -> str:
 
 def _gather(row: Row) -> list[Row]:
     """Returns everyone's row."""
-    text = json.dumps(dataclasses.asdict(row)).encode()
-    assert len(text) <= _ROW_BYTES, text
-    texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(_ROW_BYTES), np.uint8))
-    return [Row(**json.loads(bytes(each))) for each in np.reshape(texts, (-1, _ROW_BYTES))]
+    return [Row(**json.loads(text)) for text in tell_all(json.dumps(dataclasses.asdict(row)))]
 
 
 @contextlib.contextmanager

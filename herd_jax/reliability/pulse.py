@@ -13,13 +13,12 @@ import socket
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from herd_jax.machines.agreement import tell_all
 from herd_jax.reliability.signals import START_AGAIN
 
 OWN_TIMES = ("input", "own work", "checkpoint")
-_NAME_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,4 @@ class Pulse:
 
 def host_names() -> list[str]:
     """Returns the name of every process's host, in order."""
-    if jax.process_count() == 1:
-        return [socket.gethostname()]
-    name = socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
-    names = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in names]
+    return tell_all(socket.gethostname())

@@ -9,6 +9,7 @@ from herd_jax.inference.decoder import Decoder
 from herd_jax.inference.sampling import choose
 from herd_jax.inference.scoring import whole_rows
 from herd_jax.inference.scoring.whole_rows import Scorer
+from herd_jax.inference.weights import Weights
 
 MESHES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 4, 1), (2, 2, 2, 1), (4, 1, 1, 2)]
 
@@ -25,7 +26,7 @@ def test_prefill_and_decode_are_the_full_forward(mesh, config):
     """Rows of unequal length, padded on the left; four tokens after them."""
     steps = tiny.make_steps(*mesh, config=config)
     decoder, canonical = Decoder(steps.model, steps.layout, jnp.float32), tiny.canonical_params(steps)
-    weights = decoder.prepare(steps.plan.init(0).params)
+    weights = Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32).apart()
     rng = np.random.default_rng(0)
     ids, padding = rng.integers(0, config.vocab_size, (3, 8)).astype(np.int32), np.array([0, 3, 7], np.int32)
     new = rng.integers(0, config.vocab_size, (4, 3)).astype(np.int32)

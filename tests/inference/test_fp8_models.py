@@ -10,9 +10,11 @@ import tiny
 from ml_dtypes import float8_e4m3fn
 
 from herd_jax.inference.scoring.continuations import ContinuationScorer
+from herd_jax.inference.weights import Weights
 from herd_jax.interop.load import open_source
+from herd_jax.interop.mesh_reader import MeshReader
 from herd_jax.interop.operations.quantize import QuantizedSource
-from herd_jax.interop.save import reader, save
+from herd_jax.interop.save import save
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.model import load_source
 from herd_jax.models.fp8 import Fp8Config
@@ -29,7 +31,7 @@ def steps():
 @pytest.fixture(scope="module")
 def saved(steps, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "plain"
-    read = reader(steps.layout, steps.model.declared, steps.plan.init(0).params)
+    read = MeshReader(Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32))
     save(path, "herd", tiny.CONFIG, read, np.float32, context_length=64)
     return path
 
@@ -78,7 +80,7 @@ def test_scoring_and_decoding_on_any_mesh(steps, saved, mesh):
     model, expected = quantized(saved, mesh), expected_logits(steps)
     assert_alike(model.logits(IDS), expected)
     decoder = model._decoder
-    weights = decoder.prepare(model.params)
+    weights = model.weights.apart()
     logits, cache = decoder.prefill(32)(weights, IDS[:, :20], np.zeros(2, np.int32))
     found = [logits]
     for index in range(20, 24):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from herd_jax.inference.weights import Weights
 from herd_jax.interop.load import load_params, open_source
-from herd_jax.interop.save import reader, save
+from herd_jax.interop.mesh_reader import MeshReader
+from herd_jax.interop.save import save
 from herd_jax.models.rope import RopeScaling
 
 torch = pytest.importorskip("torch")
@@ -59,7 +61,8 @@ def logits_of_ours(params, config):
 def test_our_export_gives_our_logits_in_metas_code(tmp_path, changes):
     config = dataclasses.replace(CONFIG, **changes)
     steps = tiny.make_steps(config=config)
-    save(tmp_path / "meta", "meta", config, reader(steps.layout, steps.model.declared, steps.plan.init(0).params), "float32")
+    read = MeshReader(Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32))
+    save(tmp_path / "meta", "meta", config, read, "float32")
     expected = logits_of_ours(tiny.canonical_params(steps), config)
     np.testing.assert_allclose(logits_of_meta(load_with_meta(tmp_path / "meta")), expected, atol=1e-3)
 

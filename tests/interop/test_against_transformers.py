@@ -15,9 +15,11 @@ import sentencepiece
 import tiny
 
 import herd_jax
+from herd_jax.inference.weights import Weights
 from herd_jax.interop.formats.mapping import parameters
 from herd_jax.interop.load import load_params, open_source
-from herd_jax.interop.save import convert, reader, save
+from herd_jax.interop.mesh_reader import MeshReader
+from herd_jax.interop.save import convert, save
 from herd_jax.models.rope import RopeScaling
 from herd_jax.text.tokenizer import load_tokenizer
 
@@ -54,7 +56,8 @@ def peer_logits(model, ids=IDS):
 @pytest.mark.parametrize("config", GRID)
 def test_our_export_gives_our_logits_in_transformers(tmp_path, config):
     steps = tiny.make_steps(config=config)
-    save(tmp_path / "hf", "huggingface", config, reader(steps.layout, steps.model.declared, steps.plan.init(0).params), "float32")
+    read = MeshReader(Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32))
+    save(tmp_path / "hf", "huggingface", config, read, "float32")
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert model.dtype == torch.float32 and not any(loading.values())
     np.testing.assert_allclose(our_logits(tmp_path / "hf"), peer_logits(model), atol=1e-4)

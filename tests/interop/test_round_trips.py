@@ -15,10 +15,12 @@ import tiny
 from random_models import BFLOAT16, FLOAT32, assert_same_model, read_from, save_random
 
 from herd_jax.errors import UserError
+from herd_jax.inference.weights import Weights
 from herd_jax.interop.formats import safetensors
 from herd_jax.interop.formats.mapping import parameters
 from herd_jax.interop.load import load_params, open_source
-from herd_jax.interop.save import convert, reader, save
+from herd_jax.interop.mesh_reader import MeshReader
+from herd_jax.interop.save import convert, save
 from herd_jax.models.rope import RopeScaling
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
 
@@ -70,7 +72,7 @@ def test_parameters_are_read_into_any_mesh(tmp_path, to, mesh):
 def test_a_model_on_a_mesh_is_saved(tmp_path, mesh):
     steps = tiny.make_steps(**mesh, config=tiny.tied())
     expected = by_name(tiny.canonical_params(steps))
-    read = reader(steps.layout, steps.model.declared, steps.plan.init(0).params)
+    read = MeshReader(Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32))
     save(tmp_path / "model", "huggingface", tiny.tied(), read, "float32")
     assert_same_model(tmp_path / "model", tiny.tied(), read_from(expected), FLOAT32)
 

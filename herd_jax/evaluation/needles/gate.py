@@ -51,7 +51,7 @@ class StageGate:
         validation = Validation(dataclasses.replace(stage, data=first.data), steps, streams, tokenizer)
         short_loss, recall = validation.metrics(params, short_rows(first, steps.layout.mesh))["val_loss"], {}
         if stage.train.gate.needle_recall:
-            model = Model(steps.model, steps.layout, params, tokenizer, stage.train.seq_len, steps.compute_dtype)
+            model = Model.of(steps.model, steps.layout, params, tokenizer, stage.train.seq_len, steps.compute_dtype)
             haystack = text_ids(streams[0], tokenizer)  # others may hold needles themselves
             recall = find_needles(model, first.train.seq_len, stage.train.gate, haystack)
         return judge(stage.train.gate, short_loss, short_loss_before, recall)

@@ -127,6 +127,7 @@ class _Tensors:
         self.shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns the tensor, or the part that `slices` take: only its rows are dequantized."""
         kind, *place = self._tensors[name]
-        return self._quants.dequantize(np.memmap(self._path, place[0], "r", *place[1:]), kind)
+        return self._quants.dequantize(np.memmap(self._path, place[0], "r", *place[1:])[slices[:1]], kind)[:, *slices[1:]]

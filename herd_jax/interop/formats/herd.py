@@ -3,17 +3,13 @@ tokenizer's files. No framework is needed to read it, and a device's share of a 
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
 
 from herd_jax.config import parse, to_dict
 from herd_jax.interop.formats.mapping import Mapped, Piece, parameters, tensor_dtypes, tensor_shapes
 from herd_jax.interop.formats.safetensors import SafetensorsFiles, files_of, write_safetensors
-from herd_jax.interop.source import MappedSource, Source, parse_json, tokenizer_in
+from herd_jax.interop.source import Arrays, Export, MappedSource, Source, parse_json, tokenizer_in
 from herd_jax.models.config import LlamaConfig
-from herd_jax.text.tokenizer import Tokenizer
 
 CONFIG_FILE = "herd.json"
 
@@ -34,11 +30,15 @@ def open_herd(directory: Path) -> Source:
     return MappedSource.make(directory, config, context_length, tokenizer_in(directory / "tokenizer"), map_parameters(config), tensors)
 
 
-def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
-          context_length: int) -> None:  # fmt: skip
-    if tokenizer:
-        tokenizer.save(directory / "tokenizer")
-    mapping = map_parameters(config)
-    write_safetensors(directory, tensor_shapes(mapping), tensor_dtypes(mapping, dtype), arrays)
-    values = {"model": to_dict(config), "context_length": context_length}
+def describe(directory: Path, export: Export) -> None:
+    """Writes all but the weights."""
+    if export.tokenizer:
+        export.tokenizer.save(directory / "tokenizer")
+    values = {"model": to_dict(export.config), "context_length": export.context_length}
     (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write(directory: Path, export: Export, arrays: Arrays) -> None:
+    """Writes this process's files of weights."""
+    mapping = map_parameters(export.config)
+    write_safetensors(directory, tensor_shapes(mapping), tensor_dtypes(mapping, export.dtype), arrays)

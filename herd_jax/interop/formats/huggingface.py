@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from herd_jax.interop.formats import huggingface_fp8
 from herd_jax.interop.formats.huggingface_tokenizer import write_tokenizer
 from herd_jax.interop.formats.mapping import HUGGING_FACE, Mapped, tensor_dtypes, tensor_shapes
 from herd_jax.interop.formats.safetensors import SafetensorsFiles, files_of, write_safetensors
-from herd_jax.interop.source import MappedSource, Source, parse_json, refuse_unknown, tokenizer_in
+from herd_jax.interop.source import Arrays, Export, MappedSource, Source, parse_json, refuse_unknown, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
 from herd_jax.text.protocol import GENERATION_FILE, SPECIAL_ID_FIELDS, Tokenizer
@@ -179,14 +178,19 @@ def map_parameters(config: LlamaConfig) -> dict[str, Mapped]:
     return HUGGING_FACE.map(config)
 
 
-def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
-          context_length: int) -> None:  # fmt: skip
-    """Writes what AutoModelForCausalLM, AutoTokenizer and vLLM load as it stands."""
+def describe(directory: Path, export: Export) -> None:
+    """Writes all but the weights, so that AutoModelForCausalLM, AutoTokenizer and vLLM load it as it stands."""
+    tokenizer = export.tokenizer
     if tokenizer:
-        write_tokenizer(directory, tokenizer, context_length)
-    mapping = map_parameters(config)
-    write_safetensors(directory, tensor_shapes(mapping), tensor_dtypes(mapping, dtype), arrays)
+        write_tokenizer(directory, tokenizer, export.context_length)
     path = directory / GENERATION_FILE  # the tokenizer may have brought one, with more in it
     generation = (json.loads(path.read_bytes()) if path.exists() else {}) | make_generation_config(tokenizer)
     path.write_text(json.dumps(generation, indent=2) + "\n")
-    (directory / CONFIG_FILE).write_text(json.dumps(make_config(config, dtype.name, context_length, tokenizer), indent=2) + "\n")
+    values = make_config(export.config, export.dtype.name, export.context_length, tokenizer)
+    (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write(directory: Path, export: Export, arrays: Arrays) -> None:
+    """Writes this process's files of weights."""
+    mapping = map_parameters(export.config)
+    write_safetensors(directory, tensor_shapes(mapping), tensor_dtypes(mapping, export.dtype), arrays)

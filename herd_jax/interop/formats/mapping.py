@@ -7,14 +7,14 @@ other formats store projections as [out, in], all heads in one dim.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Llama
-from herd_jax.models.params import Declaration, is_declaration
+from herd_jax.models.params import Declaration, is_declaration, parameter_name
 
 
 @functools.cache
@@ -22,10 +22,6 @@ def parameters(config: LlamaConfig) -> dict[str, Declaration]:
     """Returns the declarations of a model by name, in the order in which files have them."""
     paths, _ = jax.tree_util.tree_flatten_with_path(Llama.make(config).declared, is_leaf=is_declaration)
     return {parameter_name(path): declaration for path, declaration in paths}
-
-
-def parameter_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +39,30 @@ class Piece:
     def inverse(self) -> tuple[int, ...]:
         return tuple(np.argsort(self.order))
 
-    def to_ours(self, array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns what `index`, in our dims, takes of the tensor; a view of it where possible."""
-        array = array.reshape(self.split)[tuple(index[dim] for dim in self.inverse)]
+    def to_ours(self, read: Callable[[tuple[slice, ...]], np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+        """Returns what `index`, in our dims, takes of the tensor; a view of it where possible. `read(slices)` gives a part of the tensor, and is
+        asked for no more than the rows and columns that `index` needs."""
+        slices, split, rest = self._cut(tuple(index[dim] for dim in self.inverse))
+        array = read(slices).reshape(split)[rest]
         if self.adjacent_pairs:
             array = _reorder_pairs(array, (self.split[-2] // 2, 2))
         return array.transpose(self.order)
+
+    def _cut(self, index: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[int, ...], tuple[slice, ...]]:
+        """Returns, for an `index` of the split dims: the slices of the tensor's own dims that hold it, how what they take is split, and what is to
+        be taken of that. Of the dims that make up one of the tensor's the outermost is cut, so that a slice is enough."""
+        slices, split, rest, at = [], list(self.split), list(index), 0
+        for size in self.shape:
+            covered = 1
+            slices.append(slice(None))
+            while covered < size:
+                covered *= self.split[at]
+                if self.split[at] > 1 and slices[-1] == slice(None):
+                    inner, part = size // covered, range(self.split[at])[index[at]]
+                    slices[-1] = slice(part.start * inner, part.stop * inner)
+                    split[at], rest[at] = len(part), slice(None)
+                at += 1
+        return tuple(slices), tuple(split), tuple(rest)
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
         """Returns the whole tensor of the file, contiguous."""

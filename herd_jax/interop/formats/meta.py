@@ -5,20 +5,20 @@ import json
 import mmap
 import pickle
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.files import refuse_pointer
 from herd_jax.interop.formats.mapping import META, Mapped, tensor_shapes
-from herd_jax.interop.source import MappedSource, Source, parse_json, refuse_unknown, tokenizer_in
+from herd_jax.interop.source import Arrays, Export, MappedSource, Source, parse_json, refuse_unknown, tokenizer_in
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.rope import RopeScaling
-from herd_jax.text.protocol import Tokenizer, import_extra
+from herd_jax.text.protocol import import_extra
 
 CONFIG_FILE = "params.json"
 READ = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "ffn_dim_multiplier", "multiple_of", "norm_eps",
@@ -80,9 +80,12 @@ def ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
     return -(-hidden // multiple_of) * multiple_of
 
 
-def make_config(config: LlamaConfig) -> dict[str, Any]:
-    """Returns params.json. Raises UserError for a model that it cannot describe."""
+def make_config(config: LlamaConfig, tp: int = 1) -> dict[str, Any]:
+    """Returns params.json. Raises UserError for a model that it cannot describe, or that `tp` ranks cannot share."""
     c = config
+    for what, number in (("heads", c.num_heads), ("key and value heads", c.num_kv_heads), ("feed-forward dims", c.ffn_dim), ("ids", c.vocab_size)):
+        if tp < 1 or number % tp:
+            raise UserError(f"Meta's format for tp {tp} gives each rank as many {what}, and the model has {number}: choose a tp that divides it")
     if c.fp8:
         raise UserError("Meta's format says nothing of which layers are FP8, and this model has some: write herd or huggingface")
     if c.num_heads * c.head_dim != c.dim:
@@ -100,23 +103,48 @@ def make_config(config: LlamaConfig) -> dict[str, Any]:
     return values
 
 
-def write(directory: Path, config: LlamaConfig, dtype: np.dtype, arrays: Iterable[np.ndarray], tokenizer: Tokenizer | None,
-          context_length: int) -> None:  # fmt: skip
-    """Writes one shard, as Meta has the models of up to 8B parameters. An output matrix tied to the embedding is there by reference."""
-    torch, values = _import_torch(), make_config(config)
-    if tokenizer:
-        tokenizer.save(directory)
-    path = directory / "consolidated.00.pth"
-    shapes = tensor_shapes(map_parameters(config))
-    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.name)) for name, shape in shapes.items()}  # untouched, so without memory
-    if config.tie_embeddings:
-        tensors[META.output] = tensors[META.embedding]
-    with torch.serialization.skip_data():
-        torch.save(tensors, path)
-    for name, array in zip(shapes, arrays):
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            _to_numpy(_load(path)[name])[...] = array
+def describe(directory: Path, export: Export) -> None:
+    """Writes all but the weights. Raises UserError as `make_config` does."""
+    values = make_config(export.config, export.tp)
+    if export.tokenizer:
+        export.tokenizer.save(directory)
     (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write(directory: Path, export: Export, arrays: Arrays) -> None:
+    """Writes a file for each rank of tensor parallelism: of several processes each writes every so manieth. An output matrix tied to the embedding
+    is there by reference."""
+    make_config(export.config, export.tp)
+    paths = {rank: directory / f"consolidated.{rank:02}.pth" for rank in range(jax.process_index(), export.tp, jax.process_count())}
+    torch, shapes = _import_torch(), tensor_shapes(map_parameters(export.config))
+    for path in paths.values():
+        tensors = {name: _empty(torch, _shape_of_rank(name, shape, export.tp), export.dtype) for name, shape in shapes.items()}
+        if export.config.tie_embeddings:
+            tensors[META.output] = tensors[META.embedding]
+        with torch.serialization.skip_data():
+            torch.save(tensors, path)
+    for name, array in zip(shapes, arrays(set(shapes) if paths else set())):
+        dim = _split_dim(name, array.ndim)
+        for rank, path in paths.items():
+            part = array if dim is None else np.split(array, export.tp, dim)[rank]
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                _to_numpy(_load(path)[name])[...] = part
+
+
+def _empty(torch, shape: tuple[int, ...], dtype: np.dtype):
+    return torch.empty(shape, dtype=getattr(torch, dtype.name))  # untouched, so without memory
+
+
+def _shape_of_rank(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    dim = _split_dim(name, len(shape))
+    return shape if dim is None else (*shape[:dim], shape[dim] // tp, *shape[dim + 1 :])
+
+
+def _split_dim(name: str, num_dims: int) -> int | None:
+    """Returns the dim of a tensor that the ranks share, as Meta's code for Llama 3 has it; None for a norm, of which each has the whole."""
+    if num_dims == 1:
+        return None
+    return int(name.endswith((META.out.rpartition("}")[2], META.down.rpartition("}")[2])))
 
 
 class _Shards:
@@ -139,7 +167,7 @@ class _Shards:
         self._key_value = {name.format(layer=layer) for name in (META.key, META.value) for layer in range(config.num_layers)}
         self._shapes = tensor_shapes(map_parameters(config))
         if len(paths) == config.num_kv_heads > 1:
-            heads = self._whole(META.key.format(layer=0)).reshape(config.num_kv_heads, -1)
+            heads = self._joined(META.key.format(layer=0)).reshape(config.num_kv_heads, -1)
             while len(heads) % 2 == 0 and np.array_equal(heads[0::2], heads[1::2]):
                 heads = heads[0::2]
             self.num_copies = config.num_kv_heads // len(heads)
@@ -160,20 +188,28 @@ class _Shards:
         joined = [(*parts[0][:dim], parts[:, dim].sum(), *parts[0][dim + 1 :]) for dim in range(parts.shape[1])]
         return joined.index(shape) if shape in joined else None
 
-    def _whole(self, name: str) -> np.ndarray:
+    def _joined(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns what the slices take of the ranks' parts put together, from the files that hold some of it."""
         dim = self._joined_dim(name)
-        if dim == -1:
-            return _to_numpy(_load(self._paths[0])[name])
-        return np.concatenate([_to_numpy(_load(path)[name]) for path in self._paths], dim)
+        if dim == -1 or len(self._paths) == 1:
+            return _to_numpy(_load(self._paths[0])[name])[slices]
+        sizes, slices = [part[dim] for part in self._parts[name]], list(slices or [slice(None)] * len(self._parts[name][0]))
+        wanted, parts = range(sum(sizes))[slices[dim]], []
+        for path, size, end in zip(self._paths, sizes, np.cumsum(sizes).tolist(), strict=True):
+            first, last = max(wanted.start - (end - size), 0), min(wanted.stop - (end - size), size)
+            if first < last:
+                slices[dim] = slice(first, last)
+                parts.append(_to_numpy(_load(path)[name])[tuple(slices)])
+        return np.concatenate(parts, dim)
 
-    def read(self, name: str) -> np.ndarray:
-        whole = self._whole(name)
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
         if self.num_copies == 1 or name not in self._key_value:
-            return whole
+            return self._joined(name, slices)
+        whole = self._joined(name)
         heads = whole.reshape(-1, self.num_copies, whole.size // len(self._paths))
         if (heads != heads[:, :1]).any():
             raise UserError(f"{name} in {self._paths[0].parent} has heads that should be copies and differ: copy the files again")
-        return heads[:, 0].reshape(self.shapes[name])
+        return heads[:, 0].reshape(self.shapes[name])[slices]
 
 
 def _is_tied(shard) -> bool:

@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.files import refuse_pointer
 from herd_jax.interop.formats.mapping import tensor_bytes
+from herd_jax.interop.source import Arrays
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,10 +36,10 @@ class SafetensorsFiles:
             for name, dtype, shape, offset in _read_header(path):
                 self.shapes[name], self.dtypes[name], self._places[name] = shape, dtype, (path, offset)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns the tensor, mapped: its bytes are read as they are used, and freed with the array."""
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns the tensor, or the part that `slices` take, mapped: its bytes are read as they are used, and freed with the array."""
         path, offset = self._places[name]
-        return np.memmap(path, self.dtypes[name], "r", offset, self.shapes[name])
+        return np.memmap(path, self.dtypes[name], "r", offset, self.shapes[name])[slices]
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], int]]:
@@ -67,11 +69,9 @@ def _read_header(path: Path) -> Iterator[tuple[str, np.dtype, tuple[int, ...], i
         yield name, np.dtype(DTYPES[dtype]), shape, start + begin
 
 
-def write_safetensors(
-    directory: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], arrays: Iterable[np.ndarray]
-) -> None:  # fmt: skip
-    """Writes the arrays, of `shapes` and `dtypes` and in their order, as `model.safetensors`, or as several files and their index where one
-    would be larger than 5 GB."""
+def write_safetensors(directory: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], arrays: Arrays) -> None:
+    """Writes the tensors, of `shapes` and `dtypes` and in their order, as `model.safetensors`, or as several files and their index where one
+    would be larger than 5 GB. Of several processes each writes every so manieth file, and the first one the index."""
     sizes = tensor_bytes(shapes, dtypes)
     files: list[list[str]] = [[]]
     for name in shapes:
@@ -79,10 +79,11 @@ def write_safetensors(
             files.append([])
         files[-1].append(name)
     names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    arrays = iter(arrays)
-    for file_name, tensors in zip(names, files):
-        _write_file(directory / file_name, {name: shapes[name] for name in tensors}, dtypes, arrays)
-    if len(files) > 1:
+    own = slice(jax.process_index(), None, jax.process_count())
+    ours = arrays({name for tensors in files[own] for name in tensors})
+    for file_name, tensors in zip(names[own], files[own]):
+        _write_file(directory / file_name, {name: shapes[name] for name in tensors}, dtypes, ours)
+    if len(files) > 1 and jax.process_index() == 0:
         weight_map = {name: file_name for file_name, tensors in zip(names, files) for name in tensors}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

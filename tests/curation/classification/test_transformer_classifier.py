@@ -89,7 +89,7 @@ def judge(tmp_path_factory):
     steps = tiny.make_steps(config=tiny.dataclasses.replace(tiny.CONFIG, vocab_size=259, init_std=0.4))
     config = steps.model.config
     params, tokenizer = steps.plan.init(0).params, ByteTokenizer({TEMPLATE_FILE: TEMPLATE})
-    model = Model(Llama.make(config, "blockwise"), steps.layout, params, tokenizer, None, jnp.float32)
+    model = Model.of(Llama.make(config, "blockwise"), steps.layout, params, tokenizer, None, jnp.float32)
     path = tmp_path_factory.mktemp("judge") / "herd"
     model.save(path)
     return model, path

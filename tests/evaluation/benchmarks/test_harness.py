@@ -38,7 +38,7 @@ def oracle():
 @pytest.fixture(scope="module")
 def model():
     steps = tiny.make_steps(config=CONFIG)
-    return Model(Llama.make(CONFIG, "blockwise"), steps.layout, steps.plan.init(0).params, ByteTokenizer({}), CONTEXT, jnp.float32)
+    return Model.of(Llama.make(CONFIG, "blockwise"), steps.layout, steps.plan.init(0).params, ByteTokenizer({}), CONTEXT, jnp.float32)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_an_ended_run_continues_from_what_it_had(model, data, tmp_path, monkeypa
     assert again["results"]["sums"]["acc,none"] == whole["results"]["sums"]["acc,none"]
     harness.evaluate(model, tasks(), tmp_path / "cache")
     assert len(scored) == 8 * 3 - 10
-    other = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * 1.5, model.params))
+    other = model.with_params(jax.tree.map(lambda leaf: leaf * 1.5, model.params))
     harness.evaluate(other, tasks(), tmp_path / "cache")
     assert len(scored) == 8 * 3 - 10 + 8 * 3
 
@@ -201,7 +201,7 @@ def test_the_command_says_what_is_missing(tmp_path, capsys, monkeypatch):
 
 def test_a_damaged_model_is_refused_by_name_of_the_first_item(model, data, tmp_path):
     """Of log-likelihoods, of whole texts, and of written answers, which show no sign of it themselves."""
-    damaged = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
+    damaged = model.with_params(jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
     message = r"not finite, first of the item that ends in .*0 and 0\?.*: its weights are damaged"
     for preset in ("base", "instruct"):
         with pytest.raises(UserError, match=message):

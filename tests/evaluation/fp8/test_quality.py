@@ -27,7 +27,7 @@ ANSWERS = Answers(max_new_tokens=8, temperature=1.0, samples=2, seed=0, chats=Fa
 def saved(tmp_path_factory):
     steps = tiny.make_steps(config=CONFIG)
     directory = tmp_path_factory.mktemp("model") / "herd"
-    model = Model(Llama.make(CONFIG, "blockwise"), steps.layout, steps.plan.init(0).params, load_tokenizer("bytes"), 64, jnp.float32)
+    model = Model.of(Llama.make(CONFIG, "blockwise"), steps.layout, steps.plan.init(0).params, load_tokenizer("bytes"), 64, jnp.float32)
     model.save(directory)
     return directory
 

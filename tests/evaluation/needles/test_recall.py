@@ -80,7 +80,7 @@ def models():
 
     def make(**axes):
         steps = tiny.make_steps(**axes, config=config)
-        return Model(Llama.make(config, "blockwise"), steps.layout, steps.plan.init(0).params, BYTES, None, jnp.float32)
+        return Model.of(Llama.make(config, "blockwise"), steps.layout, steps.plan.init(0).params, BYTES, None, jnp.float32)
 
     return [make(**axes) for axes in ({}, {"cp": 2, "tp": 2, "pp": 2}, {"cp": 4, "dp": 2})]
 
@@ -217,7 +217,7 @@ def test_what_the_command_refuses_before_it_measures(models, tmp_path, monkeypat
     """Depths where they are drawn, an output that cannot be, and a model that is damaged: it would find no needle and nobody would know why."""
     model = dataclasses.replace(models[0], context_length=1200)
     model.save(tmp_path / "model")
-    dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)).save(tmp_path / "damaged")
+    model.with_params(jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)).save(tmp_path / "damaged")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(Model, "continues_with", lambda *_: pytest.fail("it measures"))
 

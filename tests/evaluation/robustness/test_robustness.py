@@ -132,7 +132,7 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("robustness")
     config = dataclasses.replace(tiny.CONFIG, vocab_size=261)
     steps = tiny.make_steps(config=config)
-    model = Model(Llama.make(config, "blockwise"), steps.layout, steps.plan.init(0).params, load_tokenizer("bytes"), 2048, jnp.float32)
+    model = Model.of(Llama.make(config, "blockwise"), steps.layout, steps.plan.init(0).params, load_tokenizer("bytes"), 2048, jnp.float32)
     model.save(root / "model")
     three = {"question": "of three", "choices": ["x", "y", "z"], "answer": 0}
     records = [{"question": item.question, "choices": item.choices, "answer": item.answer} for item in ITEMS[:9]]

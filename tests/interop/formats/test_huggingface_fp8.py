@@ -122,7 +122,7 @@ def test_other_quantization_is_refused(model, tmp_path, change, message):
     values["quantization_config"] = values["quantization_config"] | change if change else None
     if not change:
         kept = {name: tensor for name, tensor in tensors(tmp_path / "fp8").items() if not name.endswith("_scale")}  # they would be named first
-        write_safetensors(tmp_path / "fp8", {n: t.shape for n, t in kept.items()}, {n: t.dtype for n, t in kept.items()}, kept.values())
+        write_safetensors(tmp_path / "fp8", {n: t.shape for n, t in kept.items()}, {n: t.dtype for n, t in kept.items()}, lambda _: iter(kept.values()))
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "fp8")
