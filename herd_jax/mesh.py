@@ -10,6 +10,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from herd_jax.errors import UserError
@@ -90,6 +91,11 @@ def on_mesh(function, mesh: Mesh, in_specs, out_specs, compute_dtype, **options)
     if compute_dtype == jnp.float32:  # not TF32, where a GPU would take it
         function = jax.default_matmul_precision("highest")(function)
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), **options)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """Returns the whole of an array. All processes that hold a part of it make this call."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 def fsdp_size(mesh: Mesh) -> int:

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from herd_jax.errors import UserError
 from herd_jax.inference.scoring.packing import Pack, Unit, make_units, pack_units
 from herd_jax.inference.scoring.whole_rows import RANK_TOKENS, bucket
-from herd_jax.mesh import FSDP_AXES, fsdp_size, on_mesh
+from herd_jax.mesh import FSDP_AXES, fsdp_size, on_mesh, to_host
 from herd_jax.models.attention.blockwise import blockwise_attention
 from herd_jax.models.llama import Llama
 from herd_jax.models.log_probabilities import predict
@@ -96,7 +96,7 @@ class ContinuationScorer:
                 # All full batches have one shape, so that they need only one program.
                 size = bucket(max(RANK_TOKENS if len(packs) > num_rows else 0, *(pack.size for pack in some)))
                 batch = self._batch(some, num_rows, size, len(beginning))
-                log_p_RM, best_RM = (np.asarray(of) for of in self._score(prefix is not None)(params, batch, prefix))
+                log_p_RM, best_RM = (to_host(of) for of in self._score(prefix is not None)(params, batch, prefix))
                 for row, pack in enumerate(some):
                     for i, targets in pack.slices():
                         log_likelihood = float(log_p_RM[row, targets].sum())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from herd_jax.mesh import on_mesh
+from herd_jax.mesh import on_mesh, to_host
 from herd_jax.models.cross_entropy import cross_entropy_sum
 from herd_jax.models.llama import Llama
 from herd_jax.models.log_probabilities import count_misses
@@ -35,7 +35,7 @@ class Scorer:
         """Returns the logits, FP32 [B, S, V], of ids, int [B, S]."""
         B, S = ids_BS.shape
         batch, order = self._batch(ids_BS, np.zeros((B, S), bool))
-        logits = np.asarray(self._logits(params, batch))[0]
+        logits = to_host(self._logits(params, batch))[0]
         return logits[:, np.argsort(order)][:B, :S, : self.model.config.vocab_size]
 
     def loss(self, params, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -62,7 +62,7 @@ class Scorer:
                 for row, i in enumerate(some):
                     ids_BS[row, : len(rows[i])], mask_BS[row, starts[i] : len(rows[i])] = rows[i], True
                 batch, _ = self._batch(ids_BS[:, :-1], mask_BS[:, 1:], ids_BS[:, 1:])
-                sums[some] = np.asarray(function(params, batch))[: len(some)]
+                sums[some] = to_host(function(params, batch))[: len(some)]
         return sums
 
     @functools.cached_property
