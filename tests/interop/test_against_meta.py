@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,35 @@ def test_our_export_gives_our_logits_in_metas_code(tmp_path, changes):
     save(tmp_path / "meta", "meta", config, read, "float32")
     expected = logits_of_ours(tiny.canonical_params(steps), config)
     np.testing.assert_allclose(logits_of_meta(load_with_meta(tmp_path / "meta")), expected, atol=1e-3)
+
+
+RANK = """
+import json, os, sys
+import numpy as np, torch
+from fairscale.nn.model_parallel import initialize as parallel
+from llama_models.llama3.args import ModelArgs
+from llama_models.llama3.model import Transformer
+
+directory, ids, rank, size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=size)
+parallel.initialize_model_parallel(size)
+model = Transformer(ModelArgs(max_seq_len=1024, max_batch_size=1, **json.load(open(f"{directory}/params.json"))))
+model.load_state_dict(torch.load(f"{directory}/consolidated.{rank:02}.pth", weights_only=True), strict=True)
+np.save(f"{directory}/logits.{rank}.npy", model(torch.tensor(ids)[None], 0)[0].numpy())
+"""
+
+
+def test_each_rank_of_metas_code_loads_its_own_file(tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=64, ffn_dim=36)
+    steps = tiny.make_steps(config=config, tp=2, pp=2)
+    read = MeshReader(Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32))
+    save(tmp_path / "meta", "meta", config, read, "float32", tp=2)
+    command = [sys.executable, "-c", RANK, tmp_path / "meta", json.dumps(IDS.tolist())]
+    ranks = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    expected = logits_of_ours(tiny.canonical_params(steps), config)
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(tmp_path / "meta" / f"logits.{rank}.npy"), expected, atol=1e-3)
 
 
 def test_what_metas_code_holds_gives_its_logits(tmp_path):

@@ -9,11 +9,14 @@ import pytest
 import tiny
 from random_models import FLOAT32, assert_same_model, random_model, read_from, save_random
 
+import herd_jax
 from herd_jax.errors import UserError
+from herd_jax.interop.formats import meta
 from herd_jax.interop.formats.mapping import META, parameters
 from herd_jax.interop.formats.meta import ffn_dim
 from herd_jax.interop.load import open_source
 from herd_jax.interop.save import convert, save
+from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.models.config import MODELS
 from herd_jax.models.rope import RopeScaling
 
@@ -65,6 +68,55 @@ def test_several_files_are_one_model(tmp_path, num_shards):
     (tmp_path / "shards" / "consolidated.00.pth").rename(tmp_path / "away")
     with pytest.raises(UserError, match="lacks consolidated.00.pth: copy that file too"):
         open_source(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_file_for_each_rank_is_written(tmp_path, tp, tied):
+    config = dataclasses.replace(CONFIG, vocab_size=64, init_std=0.02, tie_embeddings=tied)
+    read = save_random(tmp_path / "whole", config, "meta")
+    convert(tmp_path / "whole", tmp_path / "shards", "meta", tp=tp)
+    cut(tmp_path / "whole", tmp_path / "expected", tp)
+    assert len(list((tmp_path / "shards").glob("*.pth"))) == tp
+    for rank in range(tp):
+        found, expected = (load(tmp_path / name / f"consolidated.{rank:02}.pth") for name in ("shards", "expected"))
+        assert found.keys() == expected.keys() - {"rope.freqs"} and all(torch.equal(found[name], expected[name]) for name in found)
+        assert (found["output.weight"].data_ptr() == found["tok_embeddings.weight"].data_ptr()) == tied
+    assert_same_model(tmp_path / "shards", config, read)
+
+
+def test_a_model_on_a_mesh_has_a_file_for_each_tp_rank(tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=64, init_std=0.02)
+    read = save_random(tmp_path / "herd", config, "herd", FLOAT32)
+    herd_jax.load(tmp_path / "herd", make_mesh(MeshConfig(tp=2, pp=2, dp=2))).save(tmp_path / "meta", "meta")
+    assert sorted(path.name for path in (tmp_path / "meta").glob("*.pth")) == ["consolidated.00.pth", "consolidated.01.pth"]
+    assert_same_model(tmp_path / "meta", config, read, FLOAT32)
+
+
+def test_ranks_that_cannot_share_a_model(tmp_path):
+    with pytest.raises(UserError, match="for tp 2 gives each rank as many ids, and the model has 61: choose a tp that divides it"):
+        save_random(tmp_path / "meta", CONFIG, "meta", tp=2)
+    with pytest.raises(UserError, match="for tp 3 gives each rank as many heads, and the model has 16"):
+        save_random(tmp_path / "meta", CONFIG, "meta", tp=3)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_a_rank_reads_its_own_file(tmp_path, monkeypatch, num_shards):
+    """Of a slice of the rows only the files that hold some of them are read."""
+    config = dataclasses.replace(CONFIG, vocab_size=64, init_std=0.02)
+    read = save_random(tmp_path / "meta", config, "meta", tp=num_shards)
+    source, opened, whole = open_source(tmp_path / "meta"), [], meta._load
+    monkeypatch.setattr(meta, "_load", lambda path: opened.append(path.name) or whole(path))
+    every = slice(None)
+    for name, index in {
+        "ends.embed.table": (slice(48, 64), every),
+        "layers.down": (slice(int(0.75 * config.ffn_dim), None), every),
+        "layers.gate_up": (every, every, slice(int(0.75 * config.ffn_dim), None)),
+    }.items():
+        layer = 1 if name.startswith("layers") else None
+        opened.clear()
+        np.testing.assert_array_equal(source.read(name, layer, index), read(name, layer)[index])
+        assert set(opened) == {f"consolidated.{num_shards - 1:02}.pth"}
 
 
 def test_repeated_heads_are_taken_once(tmp_path):
