@@ -81,7 +81,7 @@ def show(text: str, pieces: Iterator[str]) -> str:
     print(text, end="", flush=True)
     parts, was_cut = [], False
     with contextlib.suppress(KeyboardInterrupt):
-        with Console(stderr=True).status("compiling the model ..."):  # on a terminal; the first piece comes when that is done
+        with Console(stderr=True).status("loading and compiling the model ..."):  # on a terminal; the first piece comes when that is done
             first = next(pieces, "")
         parts.append(first)
         print(first, end="", flush=True)

@@ -1,8 +1,11 @@
 """The command that continues a prompt or chats: text comes as it is made, and a dialog ends quietly."""
 
 import builtins
+import contextlib
 import dataclasses
 import io
+import os
+import pty
 import subprocess
 import sys
 
@@ -27,7 +30,7 @@ def saved(tmp_path_factory):
     """A random model of bytes with a chat template."""
     steps, directory = tiny.make_steps(config=CONFIG), tmp_path_factory.mktemp("model") / "herd"
     tokenizer = ByteTokenizer({TEMPLATE_FILE: TEMPLATE})
-    Model(Llama.make(CONFIG, "blockwise"), steps.layout, steps.plan.init(0).params, tokenizer, 256, jnp.float32).save(directory)
+    Model.of(Llama.make(CONFIG, "blockwise"), steps.layout, steps.plan.init(0).params, tokenizer, 256, jnp.float32).save(directory)
     return directory
 
 
@@ -105,6 +108,23 @@ def test_pieces_are_shown_before_the_next_is_made(monkeypatch):
             assert terminal.getvalue().endswith(text.encode())
 
     assert generate.show("And ", pieces()) == "so it goes"
+
+
+def test_a_terminal_says_what_it_waits_for(saved):
+    """The status is on stderr, and gone when the text comes."""
+    outer, inner = pty.openpty()
+    command = [sys.executable, "-m", "herd_jax.generate", "--model", str(saved), "--prompt", "abc", "--max-new-tokens", "2", "--temperature", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inner, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"}) as process:
+        os.close(inner)
+        parts = []
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while part := os.read(outer, 4096):
+                parts.append(part)
+        text = process.stdout.read()
+    os.close(outer)
+    shown = b"".join(parts).decode()
+    assert process.returncode == 0 and text.startswith(b"abc")
+    assert "loading and compiling the model ..." in shown and shown.rpartition("compiling the model")[2].count("\x1b[2K") >= 1
 
 
 def test_interrupts(monkeypatch, capsys):
