@@ -76,10 +76,12 @@ def ours(args):
     import jax.numpy as jnp
 
     import herd_jax
+    from herd_jax.inference.sampling import Sampling
 
     model = herd_jax.load(args.model, dtype="float32")
     ids = model._prompt_ids(PROMPT)
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model._weights)) - model._weights["ends"]["embed"]["table"].nbytes
+    weights = model.weights.apart()
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) - weights["ends"]["embed"]["table"].nbytes
     v, w = jnp.ones((1, 4096)), jnp.ones((4096, 16384))
     product = jax.jit(jnp.matmul).lower(v, w).compile()
     seconds = []
@@ -89,7 +91,7 @@ def ours(args):
         seconds.append(time.perf_counter() - start)
 
     def run(batch):
-        steps = model._steps([ids] * batch, args.new_tokens, temperature=0.0, top_p=1.0, seed=0)
+        steps = model._steps([ids] * batch, args.new_tokens, Sampling(args.new_tokens))
         return [int(new[0]) for new in steps]
 
     return {"what": f"jax {jax.__version__}", "prompt": len(ids), "bytes": num_bytes, "bandwidth": w.nbytes / min(seconds)}, run

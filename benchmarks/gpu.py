@@ -250,25 +250,27 @@ def decode(sizes: Sizes) -> Iterator[Row]:
     import jax
     import jax.numpy as jnp
 
+    from herd_jax.inference.sampling import Sampling
     from herd_jax.machines.hardware import HARDWARE
     from herd_jax.mesh import MeshConfig, make_mesh
     from herd_jax.model import Model
     from herd_jax.models.config import MODELS
     from herd_jax.models.llama import Llama
     from herd_jax.models.params import Layout, is_declaration
+    from herd_jax.text.tokenizer import load_tokenizer
 
     config, dtype = MODELS[sizes.model], jnp.dtype(sizes.dtype)
     layout, llama = Layout.make(make_mesh(MeshConfig(dp=1), jax.devices()[:1]), config.num_layers), Llama.make(config, "blockwise")
     key = jax.random.key(0)
     params = jax.tree.map(lambda d: (jax.random.normal(key, layout.stored_shape(d)) * 0.02).astype(dtype), llama.declared, is_leaf=is_declaration)
-    model = Model(llama, layout, params, None, None, dtype.type)
+    model = Model.of(llama, layout, params, load_tokenizer("bytes"), None, dtype.type)
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - (0 if config.tie_embeddings else config.dim * config.vocab_size * dtype.itemsize)
     name = next((name for name in HARDWARE if name in jax.devices()[0].device_kind.lower()), None)
     for batch in (1, 8):
         rows = [[1] * 32] * batch
 
         def generate(rows=rows):
-            return [ids for ids in model._steps(rows, sizes.new_tokens, 0.0, 1.0, 0)][-1]
+            return [ids for ids in model._steps(rows, sizes.new_tokens, Sampling(sizes.new_tokens))][-1]
 
         seconds = seconds_of(generate, max(2, sizes.repeats // 3)) / sizes.new_tokens
         values = {"tokens_per_second": batch / seconds, "gb_per_second": read / seconds / 1e9}
