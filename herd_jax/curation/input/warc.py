@@ -1,18 +1,23 @@
 """Documents of a WARC file, compressed or not, past whatever is damaged in it."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow
 from fastwarc import ArchiveIterator, WarcRecord, WarcRecordType
+
+from herd_jax.curation.input.http_body import Damaged, decode_body
 
 IS_WARC = re.compile(r"\.(?:warc|wet)(?:\.gz|\.zst)?$", re.IGNORECASE)
 _STARTS = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}  # of a record in a compressed file
-_START = b"WARC/1."
+_START = b"WARC/"
 _CHUNK_BYTES = 2**20
 _HEADER_BYTES = 2**16  # of HTTP, allowed on top of a document's bytes
 _HTML = ("text/html", "application/xhtml+xml")
@@ -38,35 +43,62 @@ def read_captures(path: Path, max_bytes: int) -> Iterator[Capture | None]:
 
     Responses with status 200 and bodies of HTML or plain text have content; resources and conversions likewise. A stretch is damaged
     where a record does not decompress, does not parse, ends too early or does not have the digest that it states. At most one record is in
-    memory, and none of more than `max_bytes`. Raises OSError where the file cannot be opened.
+    memory, and none of more than `max_bytes`. Raises OSError where the file cannot be opened, or has something in it and no record.
     """
-    number = 0
+    number, is_damaged, pattern = 0, False, _STARTS.get(path.suffix.lower(), _START)
     with path.open("rb") as file:
         start: int | None = 0
         while start is not None:
+            quirks = _has_plain_lines(path, start)
             file.seek(start)
-            position, has_read = start, start == 0
+            position, has_read, resume = start, start == 0, None
             try:
-                for record in ArchiveIterator(file, parse_http=False):
+                for record in ArchiveIterator(file, parse_http=False, quirks_mode=quirks):
                     position = record.stream_pos
+                    if not quirks and any("\n" in value for _, value in record.headers.items()) and _has_plain_lines(path, position):
+                        resume = position  # the archive was joined from two, and fastwarc took one record for the header of the next
+                        break
                     capture = _read_capture(record, number, max_bytes)
                     has_read = True
                     if capture:
                         yield capture
                     number += 1
-                return
+                    if pattern == _START:  # what a body quotes is no record
+                        position += record.content_length
             except (OSError, EOFError):
                 if has_read:
                     yield None
-            start = _find(file, _STARTS.get(path.suffix.lower(), _START), position + 1)
+                is_damaged = is_damaged or has_read
+            # Also where the iterator ended by itself: that does not say that it read everything.
+            start = _find(file, pattern, position + 1) if resume is None else resume
+        if not number and not is_damaged and path.stat().st_size:
+            raise OSError("there is no record of a WARC in it")
+
+
+def _has_plain_lines(path: Path, start: int) -> bool:
+    """Returns whether the record at `start` has lines that end in LF alone, as those of ClueWeb do; such a one is only read in fastwarc's quirks
+    mode, which on the other hand passes over damage without a word."""
+    with path.open("rb") as file:
+        file.seek(start)
+        piece = file.read(_CHUNK_BYTES)
+    if path.suffix.lower() == ".gz":
+        with contextlib.suppress(zlib.error):
+            piece = zlib.decompressobj(wbits=31).decompress(piece, 64)
+    elif path.suffix.lower() == ".zst":
+        with contextlib.suppress(OSError):
+            piece = pyarrow.CompressedInputStream(pyarrow.BufferReader(piece), "zstd").read(64)
+    line, end, _ = piece[:64].lstrip(b"\r\n").partition(b"\n")
+    return bool(end) and line.startswith(_START) and not line.endswith(b"\r")
 
 
 def _read_capture(record: WarcRecord, number: int, max_bytes: int) -> Capture | None:
     """Returns the document of a record, None where it is none; raises OSError where it is damaged."""
-    if record.record_type & _DOCUMENT_TYPES == 0:
-        return None
     headers = record.headers
     capture = Capture(number, (headers.get("WARC-Target-URI") or "").strip("<>"), headers.get("WARC-Date") or "")
+    if record.record_type == WarcRecordType.unknown:
+        return dataclasses.replace(capture, reason="unknown_record_type")
+    if record.record_type & _DOCUMENT_TYPES == 0:
+        return None
     if record.content_length > max_bytes + _HEADER_BYTES:
         return dataclasses.replace(capture, reason="too_long")
     block = record.reader.read(record.content_length) if record.content_length else b""
@@ -76,9 +108,25 @@ def _read_capture(record: WarcRecord, number: int, max_bytes: int) -> Capture | 
         return dataclasses.replace(capture, reason="truncated")
     media_type, charset, content = headers.get("Content-Type") or "", "", block
     if record.record_type == WarcRecordType.response:
-        status, media_type, charset, content = _read_http(block, max_bytes)
+        http = WarcRecord()
+        http.init_headers(WarcRecordType.response, content_length=len(block))
+        http.is_http = True
+        http.set_bytes_content(block)
+        try:
+            http.parse_http(auto_decode="none", quirks_mode=True)
+            status = http.http_headers.status_code
+        except (OSError, AttributeError):
+            status = None
+        if not isinstance(status, int):
+            return dataclasses.replace(capture, reason="http_header_not_read")
         if status != 200:
             return dataclasses.replace(capture, reason="status_not_200")
+        media_type, charset = http.http_content_type or "", http.http_charset or ""
+        encodings = (http.http_headers.get(name) or "" for name in ("Transfer-Encoding", "Content-Encoding"))
+        try:
+            content = decode_body(http.reader.read(), *encodings, max_bytes + 1)
+        except Damaged:
+            return dataclasses.replace(capture, reason="damaged_body")
     media_type = (headers.get("WARC-Identified-Payload-Type") or media_type).partition(";")[0].strip().lower()
     if media_type in _HTML or not media_type and _LOOKS_LIKE_HTML.match(content):
         media_type = "text/html"
@@ -87,22 +135,6 @@ def _read_capture(record: WarcRecord, number: int, max_bytes: int) -> Capture | 
     if len(content) > max_bytes:
         return dataclasses.replace(capture, reason="too_long")
     return dataclasses.replace(capture, media_type=media_type, charset=charset, content=content)
-
-
-def _read_http(block: bytes, max_bytes: int) -> tuple[int | None, str, str, bytes]:
-    """Returns status, media type, charset and body without its transfer and content encodings."""
-    for decode in ("all", "none"):  # some archives keep the header of an encoding that they took away
-        record = WarcRecord()
-        record.init_headers(WarcRecordType.response, content_length=len(block))
-        record.is_http = True
-        record.set_bytes_content(block)
-        try:
-            record.parse_http(auto_decode=decode)
-            content = record.reader.read(max_bytes + 1)
-            break
-        except OSError:
-            content = b""
-    return record.http_headers and record.http_headers.status_code, record.http_content_type or "", record.http_charset or "", content
 
 
 def _is_intact(block: bytes, digest: str) -> bool:
