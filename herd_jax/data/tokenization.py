@@ -23,8 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from herd_jax.data.documents import Piece, find_files, read_documents, work_units
+from herd_jax.data.documents import Piece, read_documents, work_units
 from herd_jax.data.parts import DOCUMENT, validation_rule, write_part, write_streams
+from herd_jax.data.source_files import find_files
 from herd_jax.errors import UserError
 from herd_jax.files import UNFINISHED, user_path
 from herd_jax.reliability.lock import only_writer

@@ -10,6 +10,7 @@ import small_tokenizers
 
 from herd_jax import tokenize
 from herd_jax.data import documents
+from herd_jax.data.source_files import find_files
 from herd_jax.data.streams import TokenStream
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
@@ -184,7 +185,7 @@ def test_files_whose_names_are_patterns(tmp_path):
     (tmp_path / "[x]").mkdir()
     (tmp_path / "[x]" / "a*.txt").write_text("a")
     for source in (tmp_path / "[x]", tmp_path / "[x]" / "a*.txt"):
-        assert documents.find_files([str(source)], tmp_path / "t") == [tmp_path / "[x]" / "a*.txt"]
+        assert find_files([str(source)], tmp_path / "t") == [tmp_path / "[x]" / "a*.txt"]
 
 
 def test_an_existing_target_is_kept_unless_allowed(tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from herd_jax.data.documents import find_files, read_documents, work_units
+from herd_jax.data.documents import read_documents, work_units
+from herd_jax.data.source_files import find_files
 from herd_jax.errors import UserError
 from herd_jax.files import user_path
 

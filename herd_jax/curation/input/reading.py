@@ -13,8 +13,10 @@ from datatrove.data import Document, DocumentsPipeline
 
 from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.input.decoding import decode
-from herd_jax.curation.input.warc import IS_WARC, read_captures
-from herd_jax.data.documents import TOO_LONG, Piece, find_files, holds_rows, read_rows, work_units
+from herd_jax.curation.input.warc import read_captures
+from herd_jax.data.documents import TOO_LONG, Piece, read_rows, work_units
+from herd_jax.data.formats import find_format, open_format
+from herd_jax.data.source_files import find_files
 from herd_jax.errors import UserError
 from herd_jax.files import user_path, write_whole
 
@@ -59,8 +61,8 @@ def find_inputs(sources: tuple[str, ...], leave_out: Path) -> list[Path]:
         path = user_path(source)
         for _ in os.walk(path, onerror=_refuse) if path.is_dir() else ():
             pass
-        if path.is_file() and not IS_WARC.search(path.name) and not holds_rows(path):
-            with path.open("rb") as file:
+        if path.is_file() and find_format(path).kind == "text":
+            with open_format(path, find_format(path).compression) as file:
                 if decode(file.read(_SNIFFED_BYTES)) is None:
                     raise UserError(f"source {source} is of an unknown format: give WARC, HTML, JSONL, Parquet, plain text or source code")
     return files
@@ -102,9 +104,10 @@ class Reader(Block):
         return (False, doc.metadata[LEFT_OUT]) if LEFT_OUT in doc.metadata else True
 
     def _read(self, piece: Piece) -> Iterator[Document]:
-        if IS_WARC.search(piece.path.name):
+        format = find_format(piece.path)
+        if format.kind == "warc":
             return self._read_warc(piece.path)
-        return self._read_rows(piece) if holds_rows(piece.path) else self._read_file(piece.path)
+        return self._read_rows(piece) if format.holds_rows else self._read_file(piece.path)
 
     def _read_warc(self, path: Path) -> Iterator[Document]:
         damaged = 0
@@ -116,41 +119,46 @@ class Reader(Block):
                 text = None if capture.reason else decode(capture.content, capture.charset, capture.media_type == HTML)
                 reason = capture.reason or ("not_text" if text is None else "")
                 yield _document(text, f"{path}#{capture.number}", path, capture.media_type, capture.url, capture.date, reason=reason)
-        except OSError as error:
-            self._report(path, f"cannot be read: {error.strerror or error}")
+        except MemoryError:
+            raise
+        except Exception as error:  # of the file system, or of the library
+            self._report(path, f"cannot be read: {getattr(error, 'strerror', None) or error}")
         if damaged:
             self._report(path, f"damaged stretches: {damaged}")
 
     def _read_rows(self, piece: Piece) -> Iterator[Document]:
         skipped: Counter[str] = Counter()
-        try:
-            for position, row in read_rows(piece, self.config.text_field, _FIELDS, skipped, self.config.max_document_bytes):
-                identifier, url, date, media_type = (row.get(field) for field in _FIELDS)
-                yield _document(
-                    row[self.config.text_field].replace("\0", ""),
-                    str(identifier) if isinstance(identifier, str | int) and identifier != "" else f"{piece.path}#{position}",
-                    piece.path,
-                    media_type if media_type in (HTML, CODE) else PLAIN,
-                    url,
-                    date,
-                )
-        except OverflowError:  # of a Parquet file's dates
-            skipped["row groups with dates that Python does not have, read up to there"] += 1
+        for position, row in read_rows(piece, self.config.text_field, _FIELDS, skipped, self.config.max_document_bytes):
+            identifier, url, date, media_type = (row.get(field) for field in _FIELDS)
+            yield _document(
+                row[self.config.text_field].replace("\0", ""),
+                str(identifier) if isinstance(identifier, str | int) and identifier != "" else f"{piece.path}#{position}",
+                piece.path,
+                media_type if media_type in (HTML, CODE) else PLAIN,
+                url,
+                date,
+            )
         for index in range(skipped.pop(TOO_LONG, 0)):
             yield _document(None, f"{piece.path}#too_long_{piece.start}_{index}", piece.path, PLAIN, reason="too_long")
         for reason, count in sorted(skipped.items()):
             self._report(piece.path, f"{reason}: {count}")
 
     def _read_file(self, path: Path) -> Iterator[Document]:
-        suffix = path.suffix.lower()
+        compression = find_format(path).compression
+        suffix = Path(path.stem if compression else path.name).suffix.lower()
         media_type = HTML if suffix in _HTML_SUFFIXES else CODE if suffix in _CODE_SUFFIXES else PLAIN
         text, reason = None, "too_long"
         try:
-            if os.path.getsize(path) <= self.config.max_document_bytes:
-                text, reason = decode(path.read_bytes(), is_html=media_type == HTML), "not_text"
-            yield _document(text, f"{path}#0", path, media_type, reason=reason if text is None else "")
-        except OSError as error:
-            self._report(path, f"cannot be read: {error.strerror or error}")
+            with open_format(path, compression) as file:
+                content = file.read(self.config.max_document_bytes + 1)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # also of the library that decompresses it
+            self._report(path, f"cannot be read: {getattr(error, 'strerror', None) or error}")
+            return
+        if len(content) <= self.config.max_document_bytes:
+            text, reason = decode(content, is_html=media_type == HTML), "not_text"
+        yield _document(text, f"{path}#0", path, media_type, reason=reason if text is None else "")
 
     def _report(self, path: Path, reason: str) -> None:
         self.stat_update("problems")

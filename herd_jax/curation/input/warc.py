@@ -14,9 +14,9 @@ import pyarrow
 from fastwarc import ArchiveIterator, WarcRecord, WarcRecordType
 
 from herd_jax.curation.input.http_body import Damaged, decode_body
+from herd_jax.data.formats import find_format
 
-IS_WARC = re.compile(r"\.(?:warc|wet)(?:\.gz|\.zst)?$", re.IGNORECASE)
-_STARTS = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}  # of a record in a compressed file
+_STARTS = {"gz": b"\x1f\x8b\x08", "zst": b"\x28\xb5\x2f\xfd"}  # of a record in a compressed file
 _START = b"WARC/"
 _CHUNK_BYTES = 2**20
 _HEADER_BYTES = 2**16  # of HTTP, allowed on top of a document's bytes
@@ -45,17 +45,18 @@ def read_captures(path: Path, max_bytes: int) -> Iterator[Capture | None]:
     where a record does not decompress, does not parse, ends too early or does not have the digest that it states. At most one record is in
     memory, and none of more than `max_bytes`. Raises OSError where the file cannot be opened, or has something in it and no record.
     """
-    number, is_damaged, pattern = 0, False, _STARTS.get(path.suffix.lower(), _START)
+    compression = find_format(path).compression
+    number, is_damaged, pattern = 0, False, _STARTS.get(compression, _START)
     with path.open("rb") as file:
         start: int | None = 0
         while start is not None:
-            quirks = _has_plain_lines(path, start)
+            quirks = _has_plain_lines(path, compression, start)
             file.seek(start)
             position, has_read, resume = start, start == 0, None
             try:
                 for record in ArchiveIterator(file, parse_http=False, quirks_mode=quirks):
                     position = record.stream_pos
-                    if not quirks and any("\n" in value for _, value in record.headers.items()) and _has_plain_lines(path, position):
+                    if not quirks and any("\n" in value for _, value in record.headers.items()) and _has_plain_lines(path, compression, position):
                         resume = position  # the archive was joined from two, and fastwarc took one record for the header of the next
                         break
                     capture = _read_capture(record, number, max_bytes)
@@ -65,7 +66,9 @@ def read_captures(path: Path, max_bytes: int) -> Iterator[Capture | None]:
                     number += 1
                     if pattern == _START:  # what a body quotes is no record
                         position += record.content_length
-            except (OSError, EOFError):
+            except MemoryError:
+                raise
+            except Exception:  # whatever fastwarc raises for what is damaged
                 if has_read:
                     yield None
                 is_damaged = is_damaged or has_read
@@ -75,16 +78,16 @@ def read_captures(path: Path, max_bytes: int) -> Iterator[Capture | None]:
             raise OSError("there is no record of a WARC in it")
 
 
-def _has_plain_lines(path: Path, start: int) -> bool:
+def _has_plain_lines(path: Path, compression: str, start: int) -> bool:
     """Returns whether the record at `start` has lines that end in LF alone, as those of ClueWeb do; such a one is only read in fastwarc's quirks
     mode, which on the other hand passes over damage without a word."""
     with path.open("rb") as file:
         file.seek(start)
         piece = file.read(_CHUNK_BYTES)
-    if path.suffix.lower() == ".gz":
+    if compression == "gz":
         with contextlib.suppress(zlib.error):
             piece = zlib.decompressobj(wbits=31).decompress(piece, 64)
-    elif path.suffix.lower() == ".zst":
+    elif compression == "zst":
         with contextlib.suppress(OSError):
             piece = pyarrow.CompressedInputStream(pyarrow.BufferReader(piece), "zstd").read(64)
     line, end, _ = piece[:64].lstrip(b"\r\n").partition(b"\n")
