@@ -72,12 +72,13 @@ class MixTarget:
 class MixConfig:
     """`max_epochs` is how often a token is read at most in the whole run, for all categories or by category (one not named has no limit).
 
-    Without `total_tokens` they are as many as all categories can give in their shares of the last target.
+    Without `total_tokens` the run goes on until categories that hold half of all that can be read are used up: what one cannot give the others
+    give, so a little of a further category changes little.
     """
 
     targets: tuple[MixTarget, ...] = (MixTarget(),)  # what is wanted, as the tokens trained on grow
     max_epochs: float | dict[str, float] = MAX_EPOCHS  # times that a token is read at most, for all categories or by category
-    total_tokens: int | None = None  # of the run; none: as many as all categories can give
+    total_tokens: int | None = None  # of the run; none: until categories that hold half of all tokens are used up
 
     def __post_init__(self):
         starts = [target.from_tokens for target in self.targets]
@@ -133,6 +134,14 @@ class Mix:
         """Returns how often the whole run reads each source."""
         return {source: sum(phase.drawn[source] for phase in self.phases) / source.tokens for source in self.phases[0].drawn}
 
+    def _unused(self) -> list[str]:
+        there = sum(source.tokens for source in self.epochs())
+        read = sum(min(epochs, 1.0) * source.tokens for source, epochs in self.epochs().items())
+        lines = [f"the run reads {_count(read)} of the {_count(there)} tokens that there are at least once ({read / there:.1%})"]
+        if read < there / 2:
+            lines += ["most of what there is stays unused: raise total_tokens, or give the categories that there is much of larger shares"]
+        return [*lines, ""]
+
     def data(self) -> dict[str, Any]:
         """Returns `data.sources` and `data.phases` of training."""
         first, *later = self.phases
@@ -146,7 +155,7 @@ class Mix:
             lines += [f"from {_count(phase.from_tokens)} to {_count(phase.to_tokens)} tokens", *_rows(phase), *_shortfalls(phase), ""]
         if self.config.total_tokens and self.total_tokens < self.config.total_tokens:
             lines += [f"the sources give {_count(self.total_tokens)} of {_count(self.config.total_tokens)} tokens within max_epochs", ""]
-        lines.append("epochs of the whole run")
+        lines += [*self._unused(), "epochs of the whole run"]
         for source, epochs in self.epochs().items():
             cap = self.config.cap(source.category)
             lines.append(f"  {source.path}: {epochs:.2f}" + (f" of at most {cap:g}" if math.isfinite(cap) else ""))
@@ -170,7 +179,7 @@ def plan(sources: Sequence[MixSource], config: MixConfig) -> Mix:
         can_give = {name: sum(tokens for source, tokens in left.items() if source.category == name) for name in shares}
         if not any(can_give.values()):
             raise UserError(f"curation mix has no tokens left for {', '.join(shares)}: give sources of these or raise max_epochs")
-        tokens = _most_in_shares(shares, can_give) if end is None else end - target.from_tokens
+        tokens = _until_half_is_used(shares, can_give) if end is None else end - target.from_tokens
         drawn = dict.fromkeys(left, 0.0)
         for name, amount in _fill(tokens, shares, can_give).items():
             of_category = {source: tokens_left for source, tokens_left in left.items() if source.category == name}
@@ -250,13 +259,20 @@ def _fill(total: float, weights: Mapping[Any, float], caps: Mapping[Any, float])
     return amounts
 
 
-def _most_in_shares(shares: Mapping[str, float], can_give: Mapping[str, float]) -> int:
-    """Returns the most tokens of which each category that has any can give its share."""
-    there = {name: share for name, share in shares.items() if can_give[name]}
-    most = min(can_give[name] / share for name, share in there.items()) * sum(there.values())
-    if math.isinf(most):
+def _until_half_is_used(shares: Mapping[str, float], can_give: Mapping[str, float]) -> int:
+    """Returns the tokens at which categories that hold half of all that can be given, of those that have an end, are used up.
+
+    A category is used up when all together would be its tokens divided by its share, so the half is a median of these totals, weighted by tokens.
+    """
+    finite = sorted((tokens / shares[name], tokens) for name, tokens in can_give.items() if math.isfinite(tokens))
+    half, used = sum(tokens for _, tokens in finite) / 2, 0.0
+    if not half:
         raise UserError("curation mix has neither total_tokens nor max_epochs for any category: give one of them")
-    return int(most)
+    for total, tokens in finite:
+        used += tokens
+        if used >= half:
+            break
+    return int(sum(min(tokens, shares[name] * total) for name, tokens in can_give.items()))
 
 
 def _rows(phase: PlannedPhase) -> list[str]:

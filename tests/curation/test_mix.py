@@ -29,13 +29,49 @@ def drawn(mix, phase=0):
 
 
 def test_the_papers_mix():
-    """Math is what there is least of for its share: 4 epochs of it are 25 % of 16,000 tokens."""
-    mix = plan(ALL, MixConfig())
+    """4 epochs of math would be 25 % of 16,000 tokens."""
+    mix = plan(ALL, MixConfig(total_tokens=16_000))
     assert mix.total_tokens == 16_000
     assert drawn(mix) == pytest.approx({"web": 6400, "best": 1600, "math": 4000, "code": 2720, "fr": 1280})
     assert mix.epochs() == pytest.approx({WEB: 0.8, BEST: 0.8, MATH: 4, CODE: 0.68, FRENCH: 1280 / 1500})
     assert not mix.phases[0].short()
     assert mix.data() == {"sources": {"web": 0.4, "best": 0.1, "math": 0.25, "code": 0.17, "fr": 0.08}, "phases": ()}
+
+
+def test_without_a_total_the_others_give_what_a_category_cannot():
+    """General text holds more than half of the 66,000 tokens of 4 epochs and is used up at 80,000; math and French were before."""
+    mix = plan(ALL, MixConfig())
+    assert drawn(mix) == pytest.approx({"web": 32_000, "best": 8000, "math": 4000, "code": 13_600, "fr": 6000})
+    assert mix.total_tokens == 63_600
+
+
+def test_a_little_of_a_category_changes_little():
+    """The run is as long as without it, for each category that is added and whatever there is of it."""
+    base = {G: 10_000_000, C: 5_000_000, L: 3_000_000}
+    run = lambda tokens, **options: plan([MixSource(name, name, n) for name, n in tokens.items()], MixConfig(**options)).total_tokens
+    assert run(base) == 60_000_000
+    assert run(base | {M: 500}) == 60_002_000
+    assert run(base | {M: 500}, max_epochs={G: 4, C: 4, L: 4, M: 1}) == 60_000_500
+    for left_out in base:
+        most = {name: tokens for name, tokens in base.items() if name != left_out}
+        for few in (1, 100, 10_000):
+            assert run(most) <= run(most | {left_out: few}) <= run(most) + 4 * few + 1
+    lengths = [run(base | {M: 2**n}) for n in range(30)]
+    assert lengths == sorted(lengths)  # more of a category never makes a run shorter
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=4))
+def test_a_run_reads_half_of_what_can_be_read(tokens):
+    mix = plan([MixSource(name, name, n) for name, n in zip((G, M, C, L), tokens)], MixConfig())
+    assert 2 * sum(tokens) - 1 <= mix.total_tokens <= 4 * sum(tokens)
+
+
+def test_what_stays_unused_is_said():
+    table = str(plan(ALL, MixConfig(total_tokens=2000)))
+    assert "the run reads 2K of the 16.5K tokens that there are at least once (12.1%)" in table
+    assert "most of what there is stays unused: raise total_tokens" in table
+    table = str(plan(ALL, MixConfig()))
+    assert "the run reads 15.9K of the 16.5K" not in table and "at least once (100.0%)" in table and "stays unused" not in table
 
 
 def test_what_a_category_cannot_give_the_others_do():
@@ -48,10 +84,10 @@ def test_what_a_category_cannot_give_the_others_do():
 
 
 def test_a_category_that_is_not_there():
-    """None of 8 %: with no total, the most that the rest gives in its shares, 25 : 92 of it math."""
+    """None of 8 %: the others give it."""
     mix = plan([WEB, BEST, MATH, CODE], MixConfig())
-    assert mix.total_tokens == 4000 * 92 // 25
-    assert mix.phases[0].short() == pytest.approx({L: 0.08 * mix.total_tokens})
+    assert mix.total_tokens == 40_000 + 4000 + 13_600
+    assert mix.phases[0].short()[L] == pytest.approx(0.08 * mix.total_tokens)
 
 
 def test_all_that_there_is():
@@ -63,7 +99,7 @@ def test_all_that_there_is():
 
 def test_caps_by_category():
     mix = plan(ALL, MixConfig(max_epochs={M: 2.0}))
-    assert mix.total_tokens == 8000 and mix.epochs()[MATH] == 2
+    assert mix.total_tokens == 8000 and mix.epochs()[MATH] == 2  # the only category with an end
     with pytest.raises(UserError, match="neither total_tokens nor max_epochs"):
         plan(ALL, MixConfig(max_epochs={}))
 
@@ -101,7 +137,7 @@ def test_caps_hold_and_nothing_is_lost(found, total, min_quality, upsample):
 
 
 def test_the_table():
-    lines = [line.split() for line in str(plan(ALL, MixConfig())).splitlines()]
+    lines = [line.split() for line in str(plan(ALL, MixConfig(total_tokens=16_000))).splitlines()]
     assert lines[0] == "from 0 to 16K tokens".split()
     assert lines[1] == "wanted reached tokens there are epochs".split()
     assert lines[2] == "general 50.0% 50.0% 8K 10K 0.80".split()
