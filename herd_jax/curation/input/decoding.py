@@ -7,7 +7,8 @@ from resiliparse.parse.encoding import detect_encoding
 from herd_jax.curation.input.charsets import codecs_of, decode_with
 
 MAX_CONTROL = 0.02  # share of control characters above which bytes are no text; compressed data has 0.1
-MAX_ERRORS = 0.1  # bytes that a codec does not explain, for each foreign character that it does: of a wrong codec there are about as many
+# Bytes that a codec may leave unexplained for each foreign character that it explains. What is no UTF-8 has about as many of both.
+MAX_UTF8_ERRORS, MAX_ERRORS = 0.1, 0.03
 MAX_UNEXPLAINED = 0.3  # share of U+FFFD above which what remains is no text
 _CONTROL = bytes({*range(32), 127} - {*b"\t\n\r\f\v\x1b"})
 _SAMPLE_BYTES = 2**16
@@ -26,16 +27,18 @@ def decode(content: bytes, charset: str = "", is_html: bool = False) -> str | No
             return _clean(content.decode(encoding, "replace"))
     declared = codecs_of(charset)
     is_wide = any(codec.startswith("utf-16") for codec in declared)
+    is_shifting = "iso2022_kr" in declared  # which has two control characters of its own
+    is_stateful = b"\x1b" in content or b"~{" in content and "hz" in declared  # ASCII to look at
     sample = content[:_SAMPLE_BYTES]
     num_control = len(sample) - len(sample.translate(None, _CONTROL))
-    if num_control > MAX_CONTROL * len(sample) and not is_wide:
+    if num_control > MAX_CONTROL * len(sample) and not is_wide and not is_shifting:
         return None
-    utf8 = () if is_wide or b"\x1b" in content else ("utf-8",)  # ISO-2022 is ASCII to look at
+    utf8 = () if is_wide or is_stateful else ("utf-8",)
     best, fewest = "", None
     for candidates in (lambda: utf8, lambda: declared, lambda: _of_meta(content) if is_html else (), lambda: _looks_like(content)):
         for codec in candidates():
             text, errors = decode_with(codec, content)
-            if errors == 0 or errors <= MAX_ERRORS * _num_foreign(text):
+            if errors == 0 or errors <= (MAX_UTF8_ERRORS * _num_foreign(text) if codec == "utf-8" else 1 + MAX_ERRORS * _num_foreign(text)):
                 return _clean(text)
             if fewest is None or errors < fewest:
                 best, fewest = text, errors
