@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -14,6 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from herd_jax.curation.block import Block
 from herd_jax.curation.deduplication import exchange
+from herd_jax.curation.web_address import normalise
 from herd_jax.errors import UserError
 
 URL = np.dtype([exchange.KEY, ("date", "<i8"), ("document", "<u8")])
@@ -100,7 +100,7 @@ class Duplicates(Block):
 
 def url_records(doc: Document) -> np.ndarray:
     """Returns URL [1], or none for a document without a URL."""
-    url = normalised_url(doc.metadata["url"])
+    url = normalise(doc.metadata["url"])
     if not url:
         return np.empty(0, URL)
     return np.array([(xxhash.xxh3_64_intdigest(url.encode(errors="replace")), seconds(doc.metadata["date"]), doc.metadata["number"])], URL)
@@ -123,15 +123,6 @@ def all_but_first(records: np.ndarray) -> np.ndarray:
 def is_first(sorted_keys: np.ndarray) -> np.ndarray:
     """Returns bool: whether each key differs from the one before."""
     return np.concatenate([np.ones(min(len(sorted_keys), 1), bool), sorted_keys[1:] != sorted_keys[:-1]])
-
-
-def normalised_url(url: str) -> str:
-    """Returns the URL without scheme, fragment and the case of the host, which do not tell pages apart."""
-    try:
-        parts = urlsplit(url.strip())
-    except ValueError:
-        return url.strip()
-    return f"{parts.netloc.lower()}{parts.path or '/'}{'?' + parts.query if parts.query else ''}" if parts.netloc else url.strip()
 
 
 def seconds(date: str) -> int:

@@ -14,6 +14,7 @@ from datatrove.data import Document, DocumentsPipeline
 from herd_jax.curation.block import Block, task_file
 from herd_jax.curation.input.decoding import decode
 from herd_jax.curation.input.warc import read_captures
+from herd_jax.curation.web_address import without_fragment
 from herd_jax.data.documents import TOO_LONG, Piece, read_rows, work_units
 from herd_jax.data.formats import find_format, open_format
 from herd_jax.data.source_files import find_files
@@ -118,7 +119,7 @@ class Reader(Block):
                     continue
                 text = None if capture.reason else decode(capture.content, capture.charset, capture.media_type == HTML)
                 reason = capture.reason or ("not_text" if text is None else "")
-                yield _document(text, f"{path}#{capture.number}", path, capture.media_type, capture.url, capture.date, reason=reason)
+                yield _document(text, f"{path}#{capture.number}", path, capture.media_type, without_fragment(capture.url), capture.date, reason=reason)
         except MemoryError:
             raise
         except Exception as error:  # of the file system, or of the library

@@ -21,15 +21,13 @@ import xxhash
 from datatrove.data import Document
 
 from herd_jax.curation.block import Block
+from herd_jax.curation.web_address import WebAddress, host_of
 from herd_jax.errors import UserError
 from herd_jax.files import user_path, whole_file
 
 URL_CHARACTERS = 8192  # of a longer URL the beginning is judged
-_HOST_CHARACTERS = 253  # the most that a name may have (RFC 1035); a longer one is on no list
-_FORMAT = 1  # of the cached hashes: to be raised whenever `_host` or `_address` changes
+_FORMAT = 2  # of the cached hashes: to be raised whenever `host_of` or `_address` changes
 _PACKAGED = "url_filterblacklistsv0_3_0.tar.gz"  # members "domains" and "urls"
-_SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?//")
-_PLAIN_HOST = re.compile(rf"[a-z0-9][a-z0-9.-]{{,{_HOST_CHARACTERS - 2}}}[a-z0-9]")
 _NOT_ALPHANUMERIC = re.compile(r"[^a-z0-9]+")
 
 
@@ -79,7 +77,7 @@ class UrlSafety(Block):
         url = doc.metadata.get("url", "")[:URL_CHARACTERS]
         if not url:
             return True
-        host = _host(url)
+        host = host_of(url)
         parents = _hashes(host[index:] for index in [0] + [dot + 1 for dot, char in enumerate(host) if char == "."])
         for reason, listed in self._domains.items():
             if _any_listed(listed, parents):
@@ -102,10 +100,10 @@ class UrlSafety(Block):
         """Returns reason -> sorted hashes of the domains dropped for it: uint64 [n]."""
         config = self._config
         return {
-            "adult_domain": self._mapped("adult_domains", config.adult_domains, _host),
-            "high_pii_domain": self._mapped("high_pii_domains", config.high_pii_domains, _host),
-            "unsafe_domain": self._mapped("unsafe_domains", config.unsafe_domains, _host),
-            "blocked_domain": self._mapped("blocked_domains", config.blocked_domains, _host, packaged="domains"),
+            "adult_domain": self._mapped("adult_domains", config.adult_domains, host_of),
+            "high_pii_domain": self._mapped("high_pii_domains", config.high_pii_domains, host_of),
+            "unsafe_domain": self._mapped("unsafe_domains", config.unsafe_domains, host_of),
+            "blocked_domain": self._mapped("blocked_domains", config.blocked_domains, host_of, packaged="domains"),
         }
 
     @functools.cached_property
@@ -167,38 +165,10 @@ def _any_listed(listed: np.ndarray, hashes: np.ndarray) -> bool:
     return bool((listed[places] == hashes).any())
 
 
-def _authority(url: str) -> tuple[str, str]:
-    """Returns the host with the port, and the rest from the path on; never fails."""
-    scheme = _SCHEME.match(url)
-    url = url[scheme.end() :] if scheme else url
-    end = min((place for place in map(url.find, "/?#\\") if place >= 0), default=len(url))
-    return url[:end].rpartition("@")[2], url[end:]
-
-
-def _host(url: str) -> str:
-    """Returns the host of a URL or of a line of a list: lower case, international names as in DNS, an address without brackets; "" for none."""
-    if _PLAIN_HOST.fullmatch(url):  # nearly every line of a list of domains
-        return url
-    host = _authority(url.strip())[0]
-    if host.startswith("["):
-        host = host[1:].partition("]")[0]
-    elif host.count(":") == 1:  # more of them are an IPv6 address
-        host = host.partition(":")[0]
-    host = host.strip(".").lower()
-    if len(host) > _HOST_CHARACTERS:
-        return ""
-    if not host.isascii():
-        try:
-            host = host.encode("idna").decode("ascii")
-        except UnicodeError:
-            pass  # no name that DNS knows: compared as it is written
-    return host
-
-
 def _address(url: str) -> str:
-    """Returns what tells pages apart: host, path and query, with no scheme, user, port, "www.", fragment and last slash."""
-    path = _authority(url.strip())[1].partition("#")[0]
-    return _host(url).removeprefix("www.") + path.rstrip("/")
+    """Returns what a list of URLs tells apart: host, path and query, with no port, "www." and last slash."""
+    address = WebAddress.parse(url)
+    return address.host.removeprefix("www.") + (address.path + (f"?{address.query}" if address.query else "")).rstrip("/")
 
 
 def _squeeze(text: str) -> str:
