@@ -66,10 +66,12 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 _FENCE = re.compile(r"(?m)^[^\S\n]{0,3}(?:```|~~~)[^`\n]*$\n?")
 _FORMULA = re.compile(r"\$\$[^$]{1,2000}\$\$|\$[^$\s](?:[^$\n]{0,500}[^$\s])?\$|\\[(\[](?:[^\\]|\\(?![()\[\]])){1,2000}\\[)\]]")
 _MARKDOWN = [  # a character without which there is none, what is found, and the group that stays; bounded lengths bound the time
-    ("#", re.compile(r"(?m)^[^\S\n]{0,3}#{1,6}[^\S\n]+"), ""),  # headings
-    (">", re.compile(r"(?m)^[^\S\n]{0,3}>[^\S\n]?"), ""),  # quotes
+    # Headings. What begins in lower case is rather a command of root's or C's "# include"; after one "#" alone, the line stands by itself.
+    ("#", re.compile(r"(?m)^[^\S\n]{0,3}#{2,6}[^\S\n]+(?![a-z])"), ""),
+    ("#", re.compile(r"(?m)(?:(?<=\n\n)|\A)[^\S\n]{0,3}#[^\S\n]+(?![a-z])(?=[^\n]*(?:\n[^\S\n]*\n|\n?\Z))"), ""),
+    (">", re.compile(r"(?m)^[^\S\n]{0,3}(?:>(?:[^\S\n]|$))+(?!>)"), ""),  # quotes, and not Python's ">>>" or the ">>" of mail
     ("", re.compile(r"(?m)^[^\S\n]{0,3}(?:(?:[-*_][^\S\n]{0,3}){3,200}|[=~]{3,200})$"), ""),  # rules, underlines
-    ("](", re.compile(r"!?\[([^\[\]\n]{1,500})\]\((?:https?:|mailto:|[/#.])[^()\s]{0,1000}\)"), r"\1"),  # links, images
+    ("](", re.compile(r"(?<![\w)\]])!?\[([^\[\]\n]{1,500})\]\((?:https?:|mailto:|[/#.])[^()\s]{0,1000}\)"), r"\1"),  # links, images
     ("*", re.compile(r"(?<![\w*\\])(\*{1,3})(?=[^\s*])([^*\n]{1,500})(?<=[^\s*])\1(?![\w*])"), r"\2"),  # *emphasis*
     ("_", re.compile(r"(?<![\w\\])(_{1,3})(?=[^\s_])([^_\n]{1,500}\s[^_\n]{1,500})(?<=[^\s_])\1(?!\w)"), r"\2"),  # _of words_, not __init__
     ("`", re.compile(r"(?<![`\\])`([^`\n]{1,500})`(?!`)"), r"\1"),  # code

@@ -104,6 +104,29 @@ def test_formulas_are_tex(formula, tex):
     assert body(f"<p>It is {formula} here.</p>") == f"It is {tex} here."
 
 
+@pytest.mark.parametrize(
+    "plain",
+    [
+        ">>> print(1)\n1\n>>> for i in range(2):\n...     print(i)\n",
+        "  >>> import os\n",
+        ">> a reply to a reply\n",
+        "# include <stdio.h>\n# define X 1\n\nint main(void) { return f[i](/* x */); }\n",
+        "Become root, then\n\n# apt install python3\n\nand wait.",
+        "#!/bin/sh\n# Install it.\napt install python3\n",
+        "x = f[i](/x) + table[key](#y) + g(a)[0](https://b)",
+        "#hashtag and #1 of 3",
+        "a > b\nand 2 >= 1",
+    ],
+)
+def test_what_is_no_markdown_stays(plain):
+    assert strip_markdown(plain) == plain
+
+
+def test_headings_and_quotes_go():
+    assert strip_markdown("# Title\n\nText.\n\n## Part\nMore.\n\n> quoted\n> > twice\n>\n") == "Title\n\nText.\n\nPart\nMore.\n\nquoted\ntwice\n\n"
+    assert strip_markdown("# Über uns\n\n### 1. Anfang\n[link](http://a.b) ![image](/c.png)") == "Über uns\n\n1. Anfang\nlink image"
+
+
 def test_markdown_markers_go_and_what_only_looks_like_them_stays():
     marked = (
         "# Title\n\n## Part ##x\nSome **bold**, *slanted*, __strong words__, ***both*** and `code_of()`.\n> quoted\n\n---\n\n"
