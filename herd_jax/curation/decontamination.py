@@ -1,7 +1,7 @@
 """Benchmark items in the corpus: how much of each is there, and which documents hold one (sections 3.1.3 and 5.1.4 of the paper).
 
 The contamination of an item is the share of its tokens that lie in an 8-gram seen in the corpus. Tokens are folded words (no case, accents
-or punctuation, numbers as 0), so that a change of layout hides nothing. An item of fewer than 8 tokens is one n-gram, seen whole or not at
+or punctuation), so that a change of layout hides nothing. An item of fewer than 8 tokens is one n-gram, seen whole or not at
 all. Each task notes which n-grams of the index its documents hold; `report` unites the notes: an item spread over documents is found too.
 """
 
@@ -32,6 +32,7 @@ class DecontaminationConfig:
 
     benchmarks: tuple[Benchmark, ...] = ()  # files of items that must not be trained on
     drop_at: float | None = None  # share of an item's tokens from which a document that holds them goes; none: they are counted alone
+    fold_digits: bool = False  # whether an item with other numbers is the same item
 
     def __post_init__(self):
         if self.drop_at is not None and not 0 < self.drop_at <= 1:
@@ -47,24 +48,26 @@ class Index:
     Memory: about 45 bytes for each token of the items (O is their number less 7 an item), and up to 16 MB.
     """
 
-    def __init__(self, names: np.ndarray, benchmark_I: np.ndarray, num_tokens_I: np.ndarray, hashes_K: np.ndarray, entries_O: np.ndarray):
+    def __init__(
+        self, names: np.ndarray, benchmark_I: np.ndarray, num_tokens_I: np.ndarray, hashes_K: np.ndarray, entries_O: np.ndarray, fold_digits: bool
+    ):
         self.names, self.benchmark_I, self.num_tokens_I = names, benchmark_I, num_tokens_I
-        self.hashes_K, self.entries_O = hashes_K, entries_O
+        self.hashes_K, self.entries_O, self.fold_digits = hashes_K, entries_O, bool(fold_digits)
 
     @classmethod
-    def build(cls, benchmarks: Sequence[Benchmark]) -> "Index":
+    def build(cls, benchmarks: Sequence[Benchmark], fold_digits: bool = False) -> "Index":
         """Indexes the items of the benchmarks. Raises UserError where a benchmark cannot be read or has no items."""
         grams, num_tokens, benchmark_of = [np.empty(0, np.uint64)], [], []
         for number, benchmark in enumerate(benchmarks):
             for text in read_items(benchmark):
-                tokens = words.split(text).folded
+                tokens = _tokens(text, fold_digits)
                 num_tokens.append(len(tokens))
                 benchmark_of.append(number)
                 if len(tokens):
                     grams.append(words.ngrams(tokens, min(NGRAM, len(tokens))))
         hashes_K, entries_O = np.unique(np.concatenate(grams), return_inverse=True)
         names = np.array([benchmark.name for benchmark in benchmarks], np.str_)
-        return cls(names, np.array(benchmark_of, np.int32), np.array(num_tokens, np.int32), hashes_K, entries_O.astype(np.int32))
+        return cls(names, np.array(benchmark_of, np.int32), np.array(num_tokens, np.int32), hashes_K, entries_O.astype(np.int32), fold_digits)
 
     def save(self, path: Path) -> None:
         """Writes the index to a file: the same bytes for the same items."""
@@ -76,6 +79,7 @@ class Index:
                 num_tokens_I=self.num_tokens_I,
                 hashes_K=self.hashes_K,
                 entries_O=self.entries_O,
+                fold_digits=self.fold_digits,
             )
 
     @classmethod
@@ -83,9 +87,9 @@ class Index:
         with np.load(path) as arrays:
             return cls(**arrays)
 
-    def find(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns the entries, ascending, whose n-grams are among those of a document's folded words."""
-        found = [np.empty(0, np.int64)]
+    def find(self, text: str) -> np.ndarray:
+        """Returns the entries, ascending, whose n-grams are among those of a document's tokens."""
+        tokens, found = _tokens(text, self.fold_digits), [np.empty(0, np.int64)]
         for n in self._lengths:
             grams = words.ngrams(tokens, n)
             grams = grams[self._begins[grams >> self._shift]]  # rules most out: up to four times as fast
@@ -146,6 +150,11 @@ class Index:
         return np.concatenate([[0], np.cumsum(np.bincount(self.entries_O, minlength=len(self.hashes_K)))])
 
 
+def _tokens(text: str, fold_digits: bool) -> np.ndarray:
+    found = words.split(text)
+    return found.folded_without_digits if fold_digits else found.folded
+
+
 class BuildIndex(PipelineStep):
     """Saves the index of the benchmarks' n-grams."""
 
@@ -157,7 +166,7 @@ class BuildIndex(PipelineStep):
         self._config, self._target = config, target
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        Index.build(self._config.benchmarks).save(self._target)
+        Index.build(self._config.benchmarks, self._config.fold_digits).save(self._target)
 
 
 class Decontaminate(Block):
@@ -179,7 +188,7 @@ class Decontaminate(Block):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         index = self._index
-        entries = index.find(words.split(doc.text).folded)
+        entries = index.find(doc.text)
         if len(entries) and self._drop_at is not None:
             items, share = index.coverage(entries)
             whole = items[(share >= self._drop_at) & (index.num_tokens_I[items] >= NGRAM)]

@@ -76,7 +76,7 @@ class CurationPlan:
         if config.urls:
             phases.append(self._reducing("duplicate_urls", "urls", older_versions))
         if config.bands:
-            minhash = MinHash(config.bands, config.rows)
+            minhash = MinHash(config.bands, config.rows, config.fold_digits)
             steps = [Load(self.read), *self._duplicates()[: config.urls], Emit(self.exchange / "bands", BAND, minhash.records)]
             phases += [self._mapping("signatures", steps), self._reducing("near_duplicates", "bands", near_duplicates)]
         survivors = self.exchange / "survivors.npy"

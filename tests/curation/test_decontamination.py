@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from herd_jax.curation.benchmark_items import Benchmark, read_items
 from herd_jax.curation.block import DropLog
 from herd_jax.curation.decontamination import Decontaminate, DecontaminationConfig, Index, report, table
-from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -77,10 +76,16 @@ def test_two_ends_and_a_gap(run):
     assert found["bench"] == [17 / 20]
 
 
-def test_numbers_do_not_count():
-    """Folded words: an item with other numbers is the same item."""
-    first, second = (words.split(f"Janet has {n} oranges and Sharon has seven").folded for n in (9, 14))
-    np.testing.assert_array_equal(first, second)
+def test_numbers_count_unless_they_are_folded(tmp_path):
+    """The same story with other numbers is another item."""
+    story = "Janet has {} oranges and Sharon has seven of them, so how many are there?"
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": story.format(9)}) + "\n")
+    for fold_digits in (False, True):
+        index = Index.build([Benchmark("b", str(tmp_path / "b.jsonl"))], fold_digits)
+        index.save(tmp_path / "index.npz")
+        index = Index.load(tmp_path / "index.npz")
+        share = lambda number: index.coverage(index.find(story.format(number)))[1].max(initial=0)
+        assert share(9) == 1 and (share(14) == 1) == fold_digits
 
 
 def test_short_items(run):
@@ -108,7 +113,7 @@ SMALL_WORDS = st.lists(st.sampled_from(["a", "b"]), min_size=1, max_size=30).map
 def test_coverage_against_a_plain_count(tmp_path_factory, items, documents):
     path = write_items(tmp_path_factory.mktemp("plain") / "items.jsonl", [{"q": item} for item in items])
     index = Index.build([Benchmark("b", path)])
-    hits = [index.find(words.split(text).folded) for text in documents]
+    hits = [index.find(text) for text in documents]
     found, share = index.coverage(np.unique(np.concatenate([np.empty(0, np.int64), *hits])))
     shares = dict(zip(found.tolist(), share.tolist(), strict=True))
     for number, item in enumerate(items):
@@ -221,7 +226,7 @@ def test_without_benchmarks_everything_stays(run):
 def test_table(tmp_path):
     path = write_items(tmp_path / "a.jsonl", [{"q": TEN}, {"q": "nothing of it is in any of the documents"}])
     index = Index.build([Benchmark("planted", path)])
-    np.save(tmp_path / "hits.npy", index.find(words.split("one two three four five six seven eight").folded))
+    np.save(tmp_path / "hits.npy", index.find("one two three four five six seven eight"))
     lines = table(report(index, [tmp_path / "hits.npy"])).splitlines()
     assert lines[0].split() == ["benchmark", "items", "mean", ">=", "20%", ">=", "50%", ">=", "80%", ">=", "100%"]
     assert lines[1].split() == ["planted", "2", "40.0%", "1", "1", "1", "0"]

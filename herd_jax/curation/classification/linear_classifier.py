@@ -18,7 +18,7 @@ from herd_jax.curation.text import words
 from herd_jax.errors import UserError
 from herd_jax.files import user_path, whole_file
 
-FORMAT = "herd_jax linear classifier 1"
+FORMAT = "herd_jax linear classifier 2"
 MAX_WORDS = 1 << 16  # of a text, from its beginning
 
 
@@ -89,7 +89,7 @@ class LinearClassifier:
 
 def features(text: str, num_features: int) -> np.ndarray:
     """Returns the places of the text's words and bigrams in the table, as often as they occur: int64 [n]."""
-    folded = words.split(text).folded[:MAX_WORDS]
+    folded = words.split(text).folded_without_digits[:MAX_WORDS]
     return (np.concatenate([folded, words.ngrams(folded, 2)]) % np.uint64(num_features)).astype(np.int64)
 
 

@@ -29,6 +29,7 @@ class DeduplicationConfig:
     urls: bool = True  # whether only the newest version of a URL stays
     bands: int = 14  # of MinHash; 0: no near-duplicates are looked for
     rows: int = 8  # hashes of a band
+    fold_digits: bool = False  # whether texts that differ in no more than digits are near-duplicates, as datatrove has it
     lines: bool = True  # whether lines go that many documents hold
     max_line_documents: int = 6  # documents of a bucket that may hold a line
     line_bucket: int = 30_000_000  # successive documents of a bucket

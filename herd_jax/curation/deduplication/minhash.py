@@ -23,17 +23,20 @@ BLOCK = 1024  # shingles hashed at once, so that they stay in the processor's ca
 
 @dataclasses.dataclass(frozen=True)
 class MinHash:
-    """Applies `bands` x `rows` hash functions over the sets of 5 successive words, whatever their case, accents and digits.
+    """Applies `bands` x `rows` hash functions over the sets of 5 successive words, whatever their case and accents, and with `fold_digits` their
+    digits.
 
     A band's key hashes its minima together with the language: pages are compared within theirs.
     """
 
     bands: int
     rows: int
+    fold_digits: bool = False
 
     def records(self, doc: Document) -> np.ndarray:
         """Returns BAND [bands], or none for a document without words. One of fewer than 5 words is compared as a whole."""
-        folded = words.split(doc.text).folded
+        found = words.split(doc.text)
+        folded = found.folded_without_digits if self.fold_digits else found.folded
         if len(folded) == 0:
             return np.empty(0, BAND)
         minima = self.signature(words.ngrams(folded, min(SHINGLE_WORDS, len(folded)))).reshape(self.bands, self.rows)

@@ -53,7 +53,7 @@ class Outliers(Block):
         if doc.metadata["media_type"] == CODE or language not in self._languages:
             return True
         found = words.split(doc.text)
-        if len(found.folded) < max(self.settings.min_words, 1):
+        if len(found.folded_without_digits) < max(self.settings.min_words, 1):
             return True
         excess = self._language(language).excess(found)
         return True if excess <= self.settings.max_excess else (False, "outlier_words")
@@ -77,7 +77,7 @@ class LanguageWords:
 
     def excess(self, found: words.Words) -> float:
         """Returns the nats by which the words diverge more from the language than a sample of the language of the same length does."""
-        return self._divergence(_bins(found)) - self._expected(len(found.folded))
+        return self._divergence(_bins(found)) - self._expected(len(found.folded_without_digits))
 
     def _divergence(self, bins: np.ndarray) -> float:
         """Returns the sum of p log(p / q): p the fraction of the words in a bin, q the language's."""
@@ -99,4 +99,4 @@ class LanguageWords:
 
 
 def _bins(found: words.Words) -> np.ndarray:
-    return (found.folded & np.uint64(BINS - 1)).astype(np.int64)
+    return (found.folded_without_digits & np.uint64(BINS - 1)).astype(np.int64)

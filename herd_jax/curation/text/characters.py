@@ -1,5 +1,6 @@
 """Classes of Unicode code points as bit flags in one table, so that a rule about characters is one numpy expression over a text."""
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -30,6 +31,8 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
+_ACCENTS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f\ufe00-\ufe0f\u00ad\u200b-\u200d\u2060\ufeff]")  # and what has no width
+_LONGEST_FORM = 8  # code points; two ligatures of Arabic have more
 _SENTENCE_ENDS = "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？｡。"
 
 
@@ -39,10 +42,35 @@ def flags() -> np.ndarray:
     return np.fromiter((_flags(chr(point)) for point in range(LIMIT)), np.uint16, LIMIT)
 
 
+@dataclasses.dataclass(frozen=True)
+class Folding:
+    """The folded form of each code point: `sizes` [LIMIT] code points from `begins` [LIMIT] on in `values`, all uint32."""
+
+    begins: np.ndarray
+    sizes: np.ndarray
+    values: np.ndarray
+
+    def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the folded code points of `points` [T], and where the form of each begins among them: int64 [T + 1]."""
+        points = np.minimum(points, LIMIT - 1)
+        sizes = self.sizes[points]
+        places = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        begins = self.begins[points]
+        if places[-1] == len(points) and (sizes == 1).all():
+            return self.values[begins], places
+        return self.values[np.repeat(begins - places[:-1], sizes) + np.arange(places[-1])], places
+
+
 @functools.cache
-def folded() -> np.ndarray:
-    """Returns each code point in lower case without diacritics, any digit as 0, and 0 for a mark to drop: uint32 [LIMIT]."""
-    return np.fromiter((_fold(chr(point)) for point in range(LIMIT)), np.uint32, LIMIT)
+def folding() -> Folding:
+    """Returns the folding to what differs in no more than case, accents, width and the like, digits as 0 to 9 of the ASCII.
+
+    It is Unicode's case folding in the compatible decomposition, so a character may become several (`ß` and `ss`, a syllable of Hangul and its
+    letters). The accents of Latin, Greek and Cyrillic letters go; marks that make another letter stay, such as those of kana.
+    """
+    forms = [_fold(chr(point)) for point in range(LIMIT)]
+    sizes = np.array([len(form) for form in forms], np.uint32)
+    return Folding((np.cumsum(sizes) - sizes).astype(np.uint32), sizes, code_points("".join(forms)))
 
 
 def code_points(text: str) -> np.ndarray:
@@ -83,13 +111,11 @@ def _flags(char: str) -> int:
     )
 
 
-def _fold(char: str) -> int:
-    if unicodedata.combining(char) and unicodedata.name(char, "").startswith("COMBINING"):
-        return 0
-    if char.isdigit():
-        return ord("0")
+def _fold(char: str) -> str:
     if char in "’ʼ＇":
-        return ord("'")
-    base = unicodedata.normalize("NFKD", char)[0]
-    lower = base.lower()
-    return ord(unicodedata.normalize("NFKD", lower)[0])
+        return "'"
+    if char in "йЙўЎ":  # letters of their own, which a breve makes
+        return char.lower()
+    form = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
+    kept = (each for each in form if not _ACCENTS.match(each))
+    return "".join(str(unicodedata.digit(each)) if each.isdigit() else each for each in kept)[:_LONGEST_FORM]

@@ -6,6 +6,7 @@ with punctuation off both ends, and inside at hyphens, slashes, dashes between l
 
 import dataclasses
 import functools
+import unicodedata
 
 import numpy as np
 
@@ -51,13 +52,21 @@ class Words:
 
     @functools.cached_property
     def folded(self) -> np.ndarray:
-        """Returns the hashes of the words that are not symbols, in lower case, without diacritics, each run of digits as one 0: uint64 [m]."""
+        """Returns the hashes of the words that are not symbols, whatever their case, accents and width: uint64 [m]."""
+        return self._folded(digits=True)
+
+    @functools.cached_property
+    def folded_without_digits(self) -> np.ndarray:
+        """Returns what `folded` does, with each run of digits as one 0: uint64 [m]."""
+        return self._folded(digits=False)
+
+    def _folded(self, digits: bool) -> np.ndarray:
         kept = ~self.is_symbol
         starts, ends, first = self.starts[kept], self.ends[kept], 0
         found = [np.empty(0, np.uint64)]
         for begin, end in _pieces(self.text):
             last = int(np.searchsorted(starts, end))
-            found.append(_folded(self.text[begin:end], starts[first:last] - begin, ends[first:last] - begin))
+            found.append(_folded(self.text[begin:end], starts[first:last] - begin, ends[first:last] - begin, digits))
             first = last
         return np.concatenate(found)
 
@@ -97,10 +106,19 @@ def _split_piece(text: str, offset: int) -> tuple[np.ndarray, ...]:
     return starts + offset, ends + offset, mix(spans.of(starts, ends)), word_kinds
 
 
-def _folded(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    points = characters.folded().take(characters.code_points(text), mode="clip")
-    kept = points != 0
-    kept[1:] &= (points[1:] != _ZERO) | (points[:-1] != _ZERO)
-    kept[starts] |= points[starts] != 0
-    positions = np.concatenate([[0], np.cumsum(kept)])
-    return mix(SpanHashes(points[kept]).of(positions[starts], positions[ends]))
+def _folded(text: str, starts: np.ndarray, ends: np.ndarray, digits: bool) -> np.ndarray:
+    if not text.isascii() and not unicodedata.is_normalized("NFC", text):  # accents may stand alone, and say more beside their letter
+        found = [unicodedata.normalize("NFC", text[start:end]) for start, end in zip(starts.tolist(), ends.tolist())]
+        ends = np.cumsum([len(word) for word in found], dtype=np.int64)
+        starts, text = np.concatenate([[0], ends[:-1]]).astype(np.int64), "".join(found)
+    points, places = characters.folding()(characters.code_points(text))
+    starts, ends = places[starts], places[ends]
+    if not digits and len(points):
+        is_digit = points - _ZERO < 10  # of unsigned numbers
+        points = np.where(is_digit, _ZERO, points)
+        kept = np.ones(len(points), bool)
+        kept[1:] = ~(is_digit[1:] & is_digit[:-1])
+        kept[starts[starts < len(points)]] = True
+        positions = np.concatenate([[0], np.cumsum(kept)])
+        points, starts, ends = points[kept], positions[starts], positions[ends]
+    return mix(SpanHashes(points).of(starts, ends))

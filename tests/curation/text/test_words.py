@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -57,11 +58,57 @@ def test_hashes_tell_words_apart_wherever_they_stand():
     assert len(np.unique(words.split("ab ba aab abb a\0 a").hashes)) == 6
 
 
-def test_folded_ignores_case_diacritics_digits_and_punctuation():
+def test_folded_ignores_case_diacritics_and_punctuation_and_on_demand_digits():
     composed, other = words.split("Café, NAÏVE 1999: don’t 3.14!"), words.split("cafe\u0301 naive (7) don't 22.5")
-    assert composed.folded.tolist() == other.folded.tolist()
-    assert len(composed.folded) == 6  # do|n't are two
+    assert composed.folded_without_digits.tolist() == other.folded_without_digits.tolist()
+    assert len(composed.folded) == len(composed.folded_without_digits) == 6  # do|n't are two
+    differs = composed.folded != other.folded
+    assert differs.tolist() == [False, False, True, False, False, True]
     assert words.split("resume").folded != words.split("resumes").folded
+    assert words.split("١٢٣ 123 １２３ १२३").folded.tolist() == words.split("123 123 123 123").folded.tolist()
+
+
+def folded(text):
+    return words.split(text).folded.tolist()
+
+
+@pytest.mark.parametrize(
+    "text, same",
+    [
+        ("Straße GROSS", "STRASSE groß"),
+        ("ﬅone ﬁne oﬃce ﬀ", "stone fine office ff"),
+        ("ὈΔΥΣΣΕΎΣ λόγος", "οδυσσευς λογος"),
+        ("İstanbul", "istanbul"),
+        ("한국 사람", "한국 사람"),
+        ("Ａｂｃ ２", "abc 2"),
+        ("Ёлка", "елка"),
+        ("Việt Nam", "viet nam"),
+        ("naïve résumé", "naive resume"),
+        ("co\u00adop\u200bera\u2060tion", "cooperation"),
+        ("क़लम", "क़लम"),
+    ],
+)
+def test_one_word_written_in_two_ways(text, same):
+    assert folded(text) == folded(same)
+    assert folded(unicodedata.normalize("NFD", text)) == folded(unicodedata.normalize("NFC", text)) == folded(same)
+    assert folded(unicodedata.normalize("NFKD", text)) == folded(same)
+
+
+@pytest.mark.parametrize(
+    "text, other",
+    [
+        ("한국", "학교"), ("사람", "소리"), ("가", "각"), ("ガラス", "カラス"), ("はし", "ばし"), ("パリ", "ハリ"), ("мой", "мои"), ("крик й", "крик и"),
+        ("ﬅ", "s"), ("ß", "s"), ("㍿", "株"), ("กา", "ก้า"), ("कि", "की"), ("کتاب", "كتب"), ("ⅳ", "i"), ("7 x 8", "7 x 9"), ("1999", "2000"),
+    ],
+)  # fmt: skip
+def test_words_that_differ(text, other):
+    assert folded(text) != folded(other)
+    assert folded(unicodedata.normalize("NFD", text)) != folded(unicodedata.normalize("NFD", other))
+
+
+def test_no_two_syllables_of_hangul_are_one():
+    syllables = [chr(point) for point in range(0xAC00, 0xD7A4)]
+    assert len(set(folded(" ".join(syllables)))) == len(syllables)
 
 
 def test_ngrams_keep_order():
