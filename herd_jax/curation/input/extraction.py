@@ -16,7 +16,7 @@ from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
 
 from herd_jax.curation.block import Block
-from herd_jax.curation.input import mathematics
+from herd_jax.curation.input import boilerplate, mathematics
 from herd_jax.errors import UserError
 
 MAX_DEPTH = 512  # browsers stop there too; the time to write a tree out grows with the square
@@ -25,17 +25,6 @@ MAIN_SHARE = 0.3  # an element that calls itself the main one, but has less of t
 # Characters for private use; a token is INLINE or BLOCK, a number, END.
 INLINE, BLOCK, END, LINK, LINK_END = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004"
 
-# Of elements that hold navigation and the like, wherever they say what they are. Sidebars are not among them: books set notes in them.
-_BOILERPLATE = [
-    "nav, dialog, svg, video, audio, object, iframe, template, rp, rt, [aria-hidden=true]",
-    "[role=navigation], [role=search], [role=banner], [role=contentinfo], [role=dialog], [role=menu], [role=menubar]",
-    *(f"{tag}:not(main {tag}, article {tag}, [role=main] {tag})" for tag in ("header", "footer", "aside")),
-    *(f'[id*="{word}" i], [class*="{word}" i]' for word in "cookie consent gdpr breadcrumb navbar docnav newsletter".split()),
-    *(f".{word}, #{word}" for word in "nav menu navigation footer site-footer site-header pagination navheader navfooter".split()),
-    ".nav-panel, .pager, .social, .share, .sharing, .share-buttons, .social-links, .advert, .advertisement, .skip-link, .mw-editsection",
-    '[style*="display:none" i]:not([class*=math]), [style*="display: none" i]:not([class*=math]), [class*=mwe-math-mathml] ~ img',
-    ".header:not(main .header, article .header, :has(h1, h2)), a.headerlink, a.anchor, a.anchorjs-link",
-]
 _MATHJAX_OUTPUT = ".MathJax, .MathJax_Preview, .MathJax_Display, .MathJax_SVG, .MathJax_SVG_Display, .MathJax_CHTML"
 
 # In the source of a page. A start tag never reaches over the next "<": the search stays linear whatever the input.
@@ -116,7 +105,7 @@ class Extraction(Block):
 def extract_text(page: str) -> str | None:
     """Returns the text of an HTML page, "" where it has none; None where elements are nested more than MAX_DEPTH deep."""
     aside: list[str] = []
-    skipped = [*_BOILERPLATE, _MATHJAX_OUTPUT] if "math/tex" in page else _BOILERPLATE
+    skipped = [*boilerplate.SKIPPED, _MATHJAX_OUTPUT] if "math/tex" in page else boilerplate.SKIPPED
     page = _put_aside(_MARKS.sub("", page), aside)
     source = page.encode("utf-8", "replace")
     tree = HTMLTree.parse_from_bytes(source, "utf-8")
@@ -125,6 +114,7 @@ def extract_text(page: str) -> str | None:
     main = tree.document.query_selector("main, [role=main]")
     if main and len(main.text) > MAIN_SHARE * len(tree.body.text):
         tree.body.replace_children(main)
+    boilerplate.mark(tree, _LINK_TEXT)
     text = _drop_menus(extract_plain_text(tree, skip_elements=skipped))
     text = _BLANK_LINES.sub("\n\n", _strip_markdown(text, aside))
     return _put_back(text, aside).strip("\n")
