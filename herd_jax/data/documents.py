@@ -17,7 +17,7 @@ UNIT_BYTES = (2**20, 2**26)  # least and most source bytes in a unit of work
 NUM_UNITS = 512  # the number of units to make, as far as those limits allow
 BATCH_BYTES = 2**24  # of the rows of a `.parquet` that are in memory at once, if all are as long as their mean
 TOO_LONG = "documents that are too long"
-_NOT_UTF8 = object()
+_UNREAD = object()
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # such as a cut emoji, which JSON escapes can spell but UTF-8 cannot
 
 
@@ -196,23 +196,28 @@ def _parquet_rows(
     position = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
     group = file.metadata.row_group(piece.start)
     mean_bytes = group.total_byte_size // max(group.num_rows, 1)
-    columns = [text_field, *(name for name in other_fields if name in file.schema_arrow.names)]
+    other_columns = [name for name in other_fields if name in file.schema_arrow.names and name != text_field]
+    columns = [text_field, *other_columns]
     batches = file.iter_batches(min(max(BATCH_BYTES // max(mean_bytes, 1), 1), 1024), row_groups=[piece.start], columns=columns)
     for batch in batches:
         values = {name: _column_values(batch.column(name)) for name in columns}
+        for name in other_columns:
+            if num_unread := sum(value is _UNREAD for value in values[name]):
+                skipped[f"values of column {name!r} that cannot be read"] += num_unread
+                values[name] = [None if value is _UNREAD else value for value in values[name]]
         for index, text in enumerate(values[text_field]):
             if not isinstance(text, str):
-                reason = f"rows whose column {text_field!r} is not UTF-8" if text is _NOT_UTF8 else f"rows without a text in column {text_field!r}"
+                reason = f"rows whose column {text_field!r} cannot be read" if text is _UNREAD else f"rows without a text in column {text_field!r}"
                 skipped[reason] += 1
             elif max_bytes is not None and len(text) > max_bytes:
                 skipped[TOO_LONG] += 1
             else:
-                yield position + index, {name: None if values[name][index] is _NOT_UTF8 else values[name][index] for name in columns}
+                yield position + index, {name: values[name][index] for name in columns}
         position += batch.num_rows
 
 
 def _column_values(column) -> list:
-    """Returns the values of a column; _NOT_UTF8 for a string that is not UTF-8, and None for another value that Python does not have."""
+    """Returns the values of a column; _UNREAD for one that Python does not have, such as a string that is not UTF-8 or a date after the year 9999."""
     try:
         return column.to_pylist()
     except Exception:  # one value is enough for that
@@ -222,10 +227,8 @@ def _column_values(column) -> list:
 def _value(cell) -> Any:
     try:
         return cell.as_py()
-    except UnicodeError:
-        return _NOT_UTF8
-    except Exception:  # such as a date before the year 1
-        return None
+    except Exception:
+        return _UNREAD
 
 
 def _num_row_groups(file: Path) -> int:
