@@ -56,13 +56,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--source", required=True, nargs="+")
     command.add_argument("--requirement", required=True, choices=sorted(REQUIREMENTS))
     command.add_argument("--target", required=True)
-    command.set_defaults(run=lambda args: label_files(load, args.model, args.source, args.requirement, args.target))
+    command.add_argument("--text-field", default="text", help="that holds the text in JSON and Parquet (default: text)")
+    command.set_defaults(run=lambda args: label_files(load, args.model, args.source, args.requirement, args.target, args.text_field))
     command = commands.add_parser("train-classifier", help="learn from sets of documents or from a judge's labels")
     command.add_argument("--kind", required=True, choices=KINDS)
     command.add_argument("--set", action="append", default=[], metavar="LABEL=GLOB")
     command.add_argument("--judged", metavar="FILE", help="a file that `label` wrote")
     command.add_argument("--target", required=True)
-    command.set_defaults(run=lambda args: train_classifier(args.kind, _sets(args.set), args.judged, args.target))
+    command.add_argument("--text-field", default="text", help="that holds the text in JSON and Parquet (default: text)")
+    command.set_defaults(run=lambda args: train_classifier(args.kind, _sets(args.set), args.judged, args.target, args.text_field))
     return parser.parse_args(argv)
 
 

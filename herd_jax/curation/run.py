@@ -1,6 +1,9 @@
 """A curation run: from raw files to token streams, continued where it was left."""
 
+import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -15,6 +18,7 @@ from herd_jax.errors import UserError
 from herd_jax.files import user_path, write_whole
 from herd_jax.reliability.lock import only_writer
 
+_DIGESTED_BYTES = 2**18
 # What may differ when a run is continued: how it is run, not what it makes.
 EXECUTION = ("executor", "workers", "cluster")
 
@@ -57,7 +61,7 @@ def _curate(config: CurationConfig, workdir: Path) -> str:
 
 def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> None:
     """Notes configuration and input in a new workdir; raises UserError where they differ from those of an old one."""
-    inputs = {str(file): file.stat().st_size for file in files}
+    inputs, contents = {str(file): file.stat().st_size for file in files}, {str(file): _content(file) for file in files}
     settled = {name: value for name, value in to_dict(config).items() if name not in (*EXECUTION, "workdir", "input")}
     note = workdir / "config.json"
     if note.exists():
@@ -65,12 +69,23 @@ def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> Non
         if changed := differences(old["config"], settled):
             both = ", ".join(f"{name} is {_value(settled, name)} and was {_value(old['config'], name)}" for name in changed)
             raise UserError(f"{workdir} was made with other settings ({both}): go on with the old ones, or name another workdir")
-        if changed := sorted(set(old["inputs"].items()) ^ set(inputs.items())):
-            names = sorted({name for name, _ in changed})
+        changed = {name for name, _ in old["inputs"].items() ^ inputs.items()} | {name for name, _ in old["contents"].items() ^ contents.items()}
+        if names := sorted(changed):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{workdir} was made from other input, such as {', '.join(names[:3])}{more}: restore it, or name another workdir")
         return
-    write_whole(note, json.dumps({"config": settled, "inputs": inputs}, indent=1))
+    write_whole(note, json.dumps({"config": settled, "inputs": inputs, "contents": contents}, indent=1))
+
+
+def _content(file: Path) -> str:
+    """Returns a digest of a file's content; of a long one, of its ends and the time of its last change."""
+    status, digest = file.stat(), hashlib.blake2b(digest_size=8)
+    with contextlib.suppress(OSError), file.open("rb") as content:  # reading it will say why it cannot be read
+        digest.update(content.read(_DIGESTED_BYTES))
+        if status.st_size > _DIGESTED_BYTES:
+            content.seek(-_DIGESTED_BYTES, os.SEEK_END)
+            digest.update(content.read() + str(status.st_mtime_ns).encode())
+    return digest.hexdigest()
 
 
 def _value(config: dict, name: str) -> str:

@@ -125,6 +125,20 @@ def test_other_settings_and_other_input_are_refused(inputs, finished, tmp_path):
         curate(configured(inputs, finished, input=(str(inputs), str(tmp_path))))
 
 
+def test_input_that_changed_in_place_is_refused(inputs, tmp_path):
+    """Though it is as long as it was; touching it does not matter."""
+    source = tmp_path / "in" / "text.txt"
+    source.parent.mkdir()
+    source.write_text((inputs / "copy.txt").read_text())
+    curate(configured(tmp_path / "in", tmp_path / "run"))
+    os.utime(source)
+    curate(configured(tmp_path / "in", tmp_path / "run"))
+    text = source.read_text()
+    source.write_text(text[:-3] + "xyz")
+    with pytest.raises(UserError, match="made from other input, such as .*text.txt: restore it"):
+        curate(configured(tmp_path / "in", tmp_path / "run"))
+
+
 def test_damaged_input_is_named_and_the_rest_is_done(inputs, tmp_path):
     good, bad = tmp_path / "in" / "good.txt", tmp_path / "in" / "bad.parquet"
     good.parent.mkdir()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from herd_jax.data.documents import read_documents, work_units
-from herd_jax.data.source_files import find_files
+from herd_jax.curation.input.extraction import Extraction
+from herd_jax.curation.input.reading import Reader, ReadingConfig, find_inputs, plan_tasks
 from herd_jax.errors import UserError
 from herd_jax.files import user_path
 
@@ -28,12 +28,15 @@ def text_id(text: str) -> str:
 
 
 def read_texts(sources: Sequence[str], text_field: str = "text") -> list[str]:
-    """Returns the beginnings of the documents in files that globs name (see `herd_jax.data.documents`). Raises UserError where there are none."""
-    skipped: Counter[str] = Counter()
-    units = work_units(find_files(sources, leave_out=Path("/dev/null")))
-    texts = [text[:MAX_CHARACTERS] for unit in units for piece in unit for text in read_documents(piece, text_field, skipped)]
+    """Returns the beginnings of the documents in files that globs name, read and extracted as in a run of curation. Raises UserError where there
+    are none."""
+    tasks, extraction, texts = plan_tasks(find_inputs(tuple(sources), leave_out=Path("/dev/null"))), Extraction(), []
+    reader, reasons = Reader(tasks, ReadingConfig(text_field)), Counter()
+    for rank in range(len(tasks)):
+        texts += [doc.text[:MAX_CHARACTERS] for doc in reader.run(None, rank, len(tasks)) if extraction.filter(doc) is True]
+        reasons.update(problem["reason"] for problem in reader.found)
     if not texts:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        reasons = "; ".join(reasons) or "they hold none"
         raise UserError(f"no text was found in {', '.join(sources)} ({reasons}): name files that hold text in field {text_field!r}")
     return texts
 

@@ -92,14 +92,14 @@ class Reader(Block):
         super().__init__()
         self.tasks = tasks
         self.config = config
-        self._found: list[dict[str, str]] = []  # problems
+        self.found: list[dict[str, str]] = []  # the problems of the last task
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        self._found = []
+        self.found = []
         yield from self.sift((doc for piece in self.tasks[rank] for doc in self._read(piece)), self.filter)
         if self.problems:
             path = task_file(self.problems, rank, "json")
-            write_whole(path, json.dumps(self._found, indent=1))
+            write_whole(path, json.dumps(self.found, indent=1))
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return (False, doc.metadata[LEFT_OUT]) if LEFT_OUT in doc.metadata else True
@@ -163,7 +163,7 @@ class Reader(Block):
 
     def _report(self, path: Path, reason: str) -> None:
         self.stat_update("problems")
-        self._found.append({"file": _unicode(str(path)), "reason": reason})
+        self.found.append({"file": _unicode(str(path)), "reason": reason})
 
 
 def _document(

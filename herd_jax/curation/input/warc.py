@@ -21,7 +21,10 @@ _START = b"WARC/"
 _CHUNK_BYTES = 2**20
 _HEADER_BYTES = 2**16  # of HTTP, allowed on top of a document's bytes
 _HTML = ("text/html", "application/xhtml+xml")
-_LOOKS_LIKE_HTML = re.compile(rb"\s*(?:<!--.{0,1000}?-->\s*)?<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
+_LOOKS_LIKE_HTML = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml\b[^<>]{0,200}>\s*)?(?:<!--.{0,1000}?-->\s*){0,3}<(?:!doctype\s+html|html|head|body|title|meta|script|link|style|h1|table)\b",
+    re.IGNORECASE | re.DOTALL,
+)  # as browsers sniff it, nearly
 _DOCUMENT_TYPES = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 
 

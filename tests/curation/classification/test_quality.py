@@ -14,7 +14,7 @@ from datatrove.data import Document
 from herd_jax.config import parse
 from herd_jax.curation.classification import classifiers, quality
 from herd_jax.curation.classification.categories import Categories, CategoriesConfig, ClassifierConfig, topic_rates
-from herd_jax.curation.classification.labelled import Labelled
+from herd_jax.curation.classification.labelled import Labelled, read_texts
 from herd_jax.curation.classification.linear_classifier import LinearConfig, train
 from herd_jax.curation.classification.quality import Quality, QualityConfig, ThresholdConfig
 from herd_jax.curation.classification.rebalance import Rebalance
@@ -179,3 +179,13 @@ def test_rebalance_keeps_the_same_share_every_time(tmp_path):
     assert set(kept) < set(ids(block(arts=0.5).run(arts)))
     assert block(law=0.0).filter(Document("", "\ud800", metadata={"topic": "law"})) == (False, "topic_over_represented")
     assert block(other=1.0).filter(Document("", "a", metadata={"topic": "other"})) is True
+
+
+def test_what_a_classifier_learns_from_is_read_as_in_a_run(tmp_path):
+    """Pages are extracted, any format is known by its bytes, and the field of the text has a name."""
+    (tmp_path / "page.html").write_text("<html><body><nav>home</nav><p>The text of a page.</p></body></html>")
+    (tmp_path / "rows.ndjson").write_text('{"body": "first"}\n{"body": "second"}\n')
+    (tmp_path / "list.json").write_text('[{"body": "third"}]')
+    assert sorted(read_texts([str(tmp_path)], "body")) == ["The text of a page.", "first", "second", "third"]
+    with pytest.raises(UserError, match="no text was found in .*rows.ndjson .lines without a text in field 'text': 2.: name files"):
+        read_texts([str(tmp_path / "rows.ndjson")])

@@ -141,3 +141,12 @@ def test_bombs_are_read_as_far_as_is_allowed(content):
     compress = {"gzip": gzip.compress, "deflate": zlib.compress, "br": lambda data: brotli.compress(data, quality=1),
                 "zstd": lambda data: bytes(pyarrow.compress(data, "zstd", asbytes=True))}[content]  # fmt: skip
     assert decode_body(compress(zeros), "", content, 1000) == bytes(1000)
+
+
+@pytest.mark.parametrize("beginning", [b"\xef\xbb\xbf<!DOCTYPE html>", b'<?xml version="1.0" encoding="utf-8"?>\n<!-- a -->\n<html>', b"<title>T</title>", b"\n <meta charset=utf-8>"])
+def test_pages_without_a_media_type(tmp_path, beginning):
+    content = beginning + PAGE
+    assert read(tmp_path / "a.warc", record(content).replace(b"Content-Type: text/html\r\n", b"Xontent-Type: text/html\r\n")) == [("", content)]
+    for other in (b"just text < html", b"<svg>", b"{}"):
+        (found,) = read(tmp_path / "a.warc", record(other).replace(b"Content-Type: text/html\r\n", b"Xontent-Type: text/html\r\n"))
+        assert found[0] == "not_html_or_plain"
