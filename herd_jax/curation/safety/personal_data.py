@@ -40,9 +40,15 @@ def find(text: str, kinds: tuple[str, ...] = KINDS) -> list[tuple[int, int, str]
 
 
 def _email(match: re.Match) -> Span | None:
-    local = _LOCAL_REVERSED.match(match.string[max(0, match.start() - 66) : match.start()][::-1])
+    before, follows = match.string[max(0, match.start() - 66) : match.start()][::-1], match.string[match.end() : match.end() + 1]
+    is_plain = match[0][0] in _PLAIN_AT
+    gap = 0 if is_plain else len(before) - len(before.lstrip(_SPACES))  # only who writes "(at)" writes spaces
+    first = before[gap : gap + 1]
+    local = (_LOCAL_REVERSED if first.isascii() else _ANY_LOCAL_REVERSED).match(before, gap)
     name, top = match[1].lower(), match[2].lower()
     if not local or top in _FILE_TYPES or top in _RESERVED_NAMES or f".{name}".endswith(".example."):
+        return None
+    if is_plain and (top in _ATTRIBUTES or follows in ("(", "[")):  # a product of matrices
         return None
     return match.start() - local.end(), match.end()
 
@@ -121,13 +127,25 @@ def _lettered_id(match: re.Match) -> Span | None:
 def _phone(match: re.Match) -> Span | None:
     # E.164 has 15 digits at most, a national number fewer; 0012345678 may be anything.
     least, most = (8, 15) if match[0].startswith(("+", "00")) else (9, 11)
-    is_phone = least <= len(_digits(match[0])) <= most and not match[0].isdigit() and not _is_other_number(match)
-    return match.span() if is_phone else None
+    digits = _digits(match[0])
+    is_phone = least <= len(digits) <= most and not match[0].isdigit() and not _is_other_number(match)
+    if match[0].startswith(("+1", "001")) and (digits.removeprefix("00")[1:2] not in "23456789" or len(digits.removeprefix("00")) != 11):
+        return None  # North America's: ten digits behind the 1, of which the first is none of these
+    return match.span() if is_phone and not _preceded(match, _REFERENCE_BEFORE) and not _is_row_of_numbers(match) else None
 
 
 def _announced_phone(match: re.Match) -> Span | None:
     is_phone = 6 <= len(_digits(match[0])) <= 15 and not _is_other_number(match) and _preceded(match, _PHONE_BEFORE)
-    return match.span() if is_phone else None
+    return match.span() if is_phone and not _COUNTED.match(match.string, match.end()) else None
+
+
+def _is_row_of_numbers(match: re.Match) -> bool:
+    """Returns whether the groups of two digits are a part of more of them, or count up: a row of a calendar or a table."""
+    groups = re.findall(r"[0-9]+", match[0])
+    if any(len(group) != 2 for group in groups):
+        return False
+    counts_up = {int(later) - int(earlier) for earlier, later in zip(groups, groups[1:])} == {1}
+    return counts_up or bool(_MORE_GROUPS.match(match.string, match.end()))
 
 
 def _is_other_number(match: re.Match) -> bool:
@@ -152,19 +170,27 @@ _ENDS = r"(?![\w$€£%-]|[.,/][0-9])"
 _RUNS = re.compile(r"[0-9](?:[ \u00a0\u2009\u202f\-\u2010-\u2013./()]{0,3}+(?:[0-9]|[A-Z]{1,4}+(?![A-Za-z]))){4,}+")
 
 _LETTER = "A-Za-z0-9À-ÖØ-öø-ž"
-_DOT = rf"(?:\.|{_SPACE}?[(\[](?:dot|DOT)[)\]]{_SPACE}?)"
-_AT_SIGNS = ("@", "(at)", "[at]", "(AT)", "[AT]")
+_SPACES = " \u00a0\u2009\u202f"
+_PLAIN_AT = "@＠﹫"
+_DOT = rf"(?:[.．]|{_SPACE}?[(\[](?:dot|DOT)[)\]]{_SPACE}?)"
+_AT_SIGNS = (*_PLAIN_AT, "(at)", "[at]", "(AT)", "[AT]")
 _AT_DOMAIN = re.compile(
-    rf"[@(\[](?:(?<=@)|(?:at|AT)[)\]]{_SPACE}?)((?:[{_LETTER}][{_LETTER}-]{{0,62}}{_DOT}){{1,8}})([A-Za-z]{{2,24}})(?![{_LETTER}_@])"
+    rf"[{_PLAIN_AT}(\[](?:(?<=[{_PLAIN_AT}])|(?:at|AT)[)\]]{_SPACE}?)((?:[^\W_](?:[^\W_]|-){{0,62}}{_DOT}){{1,8}})"
+    rf"((?:xn--[A-Za-z0-9-]{{2,59}}|[A-Za-z]{{2,24}})(?![{_LETTER}_@])|[^\W\d_A-Za-z]{{2,24}}(?![\w@]))"
 )
-_LOCAL_REVERSED = re.compile(rf"{_SPACE}?[{_LETTER}_](?:[{_LETTER}._%+'-]{{0,62}}[{_LETTER}_])?")
+_LOCAL_REVERSED = re.compile(rf"[{_LETTER}_](?:[{_LETTER}._%+'-]{{0,62}}[{_LETTER}_])?")
+_ANY_LOCAL_REVERSED = re.compile(r"\w(?:[\w.%+'-]{0,62}\w)?")
+_ATTRIBUTES = frozenset(  # of arrays: x@w.T is none with two letters, x@w.grad is
+    "shape dtype conj real imag size ndim grad values index copy mean sum dot todense toarray numpy item flat flatten ravel transpose astype".split()
+)
 _FILE_TYPES = frozenset("png jpg jpeg gif svg webp bmp ico css js htm html json xml".split())  # logo@2x.png
 _RESERVED_NAMES = frozenset("example test invalid localhost local".split())  # RFC 2606, RFC 6762
 
 _IPV4 = re.compile(r"(?<![\w.-])[1-9][0-9]{0,2}(?:\.(?:0|[1-9][0-9]{0,2})){3}(?![\w-]|\.[0-9])")
 _IPV6 = re.compile(r"[23](?<![\w:.].)[0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}+(?![\w:])")
 _VERSION_BEFORE = re.compile(
-    r"(?:\b(?:v|ver|vers\w*|rel\w*|rev\w*|build|firmware|oid|\w*identifier|sec\w*|se[çz]\w*|abschnitt|chap\w*|cap\w*|kapitel|fig\w*|abb\w*"
+    r"(?:\b(?:v|ver|vers\w*|rel\w*|rev\w*|kernel|linux|driver|python|java|node|php|openssl|chrome|firefox|windows|android|ios|macos|ubuntu|debian"
+    r"|patch|update|upgrade|package|pkg|build|firmware|oid|\w*identifier|sec\w*|se[çz]\w*|abschnitt|chap\w*|cap\w*|kapitel|fig\w*|abb\w*"
     r"|tab\w*|clause|rule)[.:]?|§)[\s:=(\"']*$|\w/$",
     re.IGNORECASE,
 )
@@ -228,6 +254,11 @@ _PHONE_BEFORE = re.compile(
     r"|whatsapp|call)(?:\s(?:number|nummer|no|nr|us|me|at))*|[☎☏✆📞📱])[\s.:)#–-]*$",
     re.IGNORECASE,
 )
+_REFERENCE_BEFORE = re.compile(
+    r"(?:\b(?:case|file|ref\w*|order|invoice|ticket|docket|article|item|part|serial|id|az|aktenzeichen|dossier|no|nr|num|n°|№)[.:#]?|#)[\s.:#]*$", re.IGNORECASE
+)
+_COUNTED = re.compile(r"[ \u00a0](?:times|mal|fois|veces|volte|people|users|items|bytes|calls|requests|lines|rows|points|%)(?!\w)", re.IGNORECASE)
+_MORE_GROUPS = re.compile(rf"{_DOT_OR_GAP}+[0-9]{{2}}(?![0-9])")
 _ZIP_CODE_OR_DECIMAL = re.compile(r"[0-9]{5}-[0-9]{4}|\+?[0-9]+\.[0-9]+")
 _DATE = re.compile(  # of day, month and year, or from year to year
     r"[(+]*(?:[0-3]?[0-9][./ –-][0-3]?[0-9][./ –-](?:1[89]|20)[0-9]{2}|(?:1[89]|20)[0-9]{2}[./ –-][01]?[0-9][./ –-][0-3]?[0-9]"
