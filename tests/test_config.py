@@ -346,3 +346,16 @@ def test_suggestions_stay_in_their_section():
         section, name = key.split(".")
         with pytest.raises(UserError, match=f"unknown config key '{key}': {words}"):
             run_configs.config(**{f"{section}__{name}": 1})
+
+
+def test_a_path_with_a_comma_is_one(tmp_path):
+    """Where it exists; a list of others is a list."""
+    name = str(tmp_path / "one, two.txt")
+    assert parse(Named, {"paths": name}).paths == (str(tmp_path / "one"), "two.txt")
+    (tmp_path / "one, two.txt").touch()
+    assert parse(Named, {"paths": name}).paths == (name,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    paths: tuple[str, ...] = ()

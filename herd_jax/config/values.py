@@ -10,6 +10,7 @@ import difflib
 import enum
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -177,9 +178,12 @@ def _number(text: str) -> int | float:
 
 def _items(value: Any) -> list | tuple:
     if isinstance(value, str):
-        value = (
-            _literal(value) if value.lstrip()[:1] in ("(", "[") else [item.strip() for item in value.split(",") if item.strip()]
-        )
+        if value.lstrip()[:1] in ("(", "["):
+            value = _literal(value)
+        elif "," in value and os.path.exists(os.path.expanduser(value)):  # the name of a file with a comma in it
+            value = [value]
+        else:
+            value = [item.strip() for item in value.split(",") if item.strip()]
     if not isinstance(value, list | tuple):
         raise _Mismatch
     return value

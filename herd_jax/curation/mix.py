@@ -134,13 +134,14 @@ class Mix:
         """Returns how often the whole run reads each source."""
         return {source: sum(phase.drawn[source] for phase in self.phases) / source.tokens for source in self.phases[0].drawn}
 
-    def _unused(self) -> list[str]:
+    def unused(self) -> list[str]:
+        """Returns how much of what there is the run reads, in sentences."""
         there = sum(source.tokens for source in self.epochs())
         read = sum(min(epochs, 1.0) * source.tokens for source, epochs in self.epochs().items())
         lines = [f"the run reads {_count(read)} of the {_count(there)} tokens that there are at least once ({read / there:.1%})"]
         if read < there / 2:
             lines += ["most of what there is stays unused: raise total_tokens, or give the categories that there is much of larger shares"]
-        return [*lines, ""]
+        return lines
 
     def data(self) -> dict[str, Any]:
         """Returns `data.sources` and `data.phases` of training."""
@@ -155,7 +156,7 @@ class Mix:
             lines += [f"from {_count(phase.from_tokens)} to {_count(phase.to_tokens)} tokens", *_rows(phase), *_shortfalls(phase), ""]
         if self.config.total_tokens and self.total_tokens < self.config.total_tokens:
             lines += [f"the sources give {_count(self.total_tokens)} of {_count(self.config.total_tokens)} tokens within max_epochs", ""]
-        lines += [*self._unused(), "epochs of the whole run"]
+        lines += [*self.unused(), "", "epochs of the whole run"]
         for source, epochs in self.epochs().items():
             cap = self.config.cap(source.category)
             lines.append(f"  {source.path}: {epochs:.2f}" + (f" of at most {cap:g}" if math.isfinite(cap) else ""))
@@ -236,11 +237,14 @@ class PlanMix(PipelineStep):
             return
         mix = plan(sources, self._config)
         phases = [
-            {"from_tokens": p.from_tokens, "to_tokens": p.to_tokens, "shares": p.shares, "drawn": {source.path: n for source, n in p.drawn.items()}}
+            {
+                "from_tokens": p.from_tokens, "to_tokens": p.to_tokens, "shares": p.shares, "drawn": {source.path: n for source, n in p.drawn.items()},
+                "rows": _cells(p), "remarks": [*_left_out(p), *_shortfalls(p)],
+            }
             for p in mix.phases
-        ]
+        ]  # fmt: skip
         epochs = {source.path: value for source, value in mix.epochs().items()}
-        write_whole(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "table": str(mix)}, indent=1))
+        write_whole(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "unused": mix.unused(), "table": str(mix)}, indent=1))
         model = {"name": "llama-5m", "vocab_size": load_tokenizer(self._streams.parent / "tokenizer").vocab_size}
         run = {"workdir": str(self._workdir / "model"), "model": model, "train": {"global_batch_size": 8, "seq_len": 256}}
         training_config(mix, self._workdir / "train.py", run)
@@ -275,9 +279,12 @@ def _until_half_is_used(shares: Mapping[str, float], can_give: Mapping[str, floa
     return int(sum(min(tokens, shares[name] * total) for name, tokens in can_give.items()))
 
 
-def _rows(phase: PlannedPhase) -> list[str]:
-    width = max(len(label) for label in [*phase.shares, *("  " + source.path for source in phase.drawn)])
-    rows = [f"{'':<{width}} {'wanted':>8} {'reached':>8} {'tokens':>9} {'there are':>9} {'epochs':>7}"]
+HEADINGS = ("", "wanted", "reached", "tokens", "there are", "epochs")
+
+
+def _cells(phase: PlannedPhase) -> list[tuple[str, ...]]:
+    """Returns a row below HEADINGS for each category and, indented, for each source."""
+    rows = []
     for name, share in phase.shares.items():
         sources = [source for source in phase.drawn if source.category == name]
         for label, wanted, tokens, there in [
@@ -285,9 +292,19 @@ def _rows(phase: PlannedPhase) -> list[str]:
             *(("  " + source.path, "", phase.drawn[source], source.tokens) for source in sources),
         ]:
             epochs = f"{tokens / there:.2f}" if there else "-"
-            rows.append(f"{label:<{width}} {wanted:>8} {tokens / phase.tokens:>8.1%} {_count(tokens):>9} {_count(there):>9} {epochs:>7}")
-    unused = {source.category for source in phase.drawn} - phase.shares.keys()
-    return [*rows, *(f"{name}: not in this mix" for name in sorted(unused))]
+            rows.append((label, wanted, f"{tokens / phase.tokens:.1%}", _count(tokens), _count(there), epochs))
+    return rows
+
+
+def _rows(phase: PlannedPhase) -> list[str]:
+    cells = [HEADINGS, *_cells(phase)]
+    width = max(len(label) for label, *_ in cells)
+    rows = [f"{label:<{width}} {wanted:>8} {reached:>8} {tokens:>9} {there:>9} {epochs:>7}" for label, wanted, reached, tokens, there, epochs in cells]
+    return [*rows, *_left_out(phase)]
+
+
+def _left_out(phase: PlannedPhase) -> list[str]:
+    return [f"{name}: not in this mix" for name in sorted({source.category for source in phase.drawn} - phase.shares.keys())]
 
 
 def _shortfalls(phase: PlannedPhase) -> list[str]:

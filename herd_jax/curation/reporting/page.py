@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from herd_jax.curation.mix import HEADINGS
 from herd_jax.curation.reporting import plots
 from herd_jax.curation.reporting.data import CurationReport, Sample, Step
 from herd_jax.curation.reporting.formats import percent, short
@@ -28,7 +30,7 @@ def page(report: CurationReport) -> str:
         ("Quality", _histograms(report.clean.qualities, "Score of the quality classifier.", lambda edge: f"{edge:g}")),
         ("Dropped samples", _samples(report)),
         ("Unreadable inputs", _problems(report)),
-        ("Mix", element("pre", report.mix["table"], class_="whole") if report.mix else None),
+        ("Mix", _mix(report.mix) if report.mix else None),
         ("Contamination", _contamination(report.contamination) if report.contamination else None),
         ("Settings", _settings(report) if report.settings else None),
     ]
@@ -83,6 +85,18 @@ def _waterfall(report: CurationReport) -> Html | None:
         notes.append(f"Tokens are estimated from characters: the streams have {report.characters_per_token:.2f} characters per token.")
     figure = element("div", plots.waterfall(report), class_="figure")
     return join([figure, table(names, rows), element("p", " ".join(notes), class_="note")])
+
+
+def _mix(planned: dict) -> Html:
+    """Shows what each phase draws of each category and source; of a run without a mix, why there is none."""
+    if "unused" not in planned:  # there is none, or an older version made it
+        return element("pre", planned["table"], class_="whole")
+    parts = []
+    for phase in planned["phases"]:
+        title = f"From {short(phase['from_tokens'])} to {short(phase['to_tokens'])} tokens"
+        rows = [(code(Path(label.strip()).name) if label.startswith(" ") else element("b", label), *cells) for label, *cells in phase["rows"]]
+        parts += [element("h3", title), table(HEADINGS, rows), *(element("p", remark, class_="note") for remark in phase["remarks"])]
+    return join([*parts, *(element("p", sentence, class_="note") for sentence in planned["unused"])])
 
 
 def _speed(step: Step) -> tuple[str, str]:

@@ -209,7 +209,9 @@ class Page(HTMLParser):
 def test_page_obeys_no_text_and_loads_nothing(workdir):
     (workdir / "problems").mkdir()
     (workdir / "problems" / "00000.json").write_text(json.dumps([{"file": "<b>a.warc", "reason": HOSTILE}]))
-    (workdir / "mix.json").write_text(json.dumps({"table": f"wanted\n{HOSTILE}"}))
+    rows = [["general", "50.0%", "12.5%", "3K", "<i>", "0.1"], ["  streams/general-en", "", "12.5%", "3K", "24K", "0.1"]]
+    phase = {"from_tokens": 0, "to_tokens": 4000, "rows": rows, "remarks": [f"short\n{HOSTILE}"]}
+    (workdir / "mix.json").write_text(json.dumps({"phases": [phase], "unused": ["the run reads 3K"], "table": "a table for terminals"}))
     contamination = [{"benchmark": "<i>mmlu", "items": 12345, "items_at": {"20%": 7, "<i>": HOSTILE}}]
     (workdir / "contamination.json").write_text(json.dumps(contamination))
     text = inspect(workdir)
@@ -220,6 +222,7 @@ def test_page_obeys_no_text_and_loads_nothing(workdir):
     assert all(value.startswith("#") for name, value in page.attributes if name == "href")
     shown = [text for text in page.texts if "alert(2)" in text]
     assert len(shown) == 5 and all("<script>alert(1)</script>" in text and "&amp;" in text for text in shown)
+    assert {"general-en", "there are", "24K", "the run reads 3K", "From 0 to 4,000 tokens"} <= set(page.texts) and "a table for terminals" not in page.texts
     assert "12,345" in page.texts and "items_at 20%" in page.texts and "<i>mmlu" in page.texts and "language.min_score" in page.texts
     assert "\x1b" not in html + text and "\u202e" not in text
 
