@@ -1,25 +1,16 @@
 """The training mix: how many tokens of each source to train on, when, and how often that repeats them (sections 3.1.2 and 3.1.3).
 
-`plan` fits the tokens that there are to the shares that are wanted; `training_config` writes what `python -m herd_jax.train` reads; `PlanMix`
-does both for the streams of a run.
+`plan` fits the tokens that there are to the shares that are wanted; `herd_jax.curation.write_mix` makes a config of it.
 """
 
 import dataclasses
-import json
 import math
-import pprint
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from datatrove.pipeline.base import PipelineStep
-
-from herd_jax.curation.streams import HIGH
-from herd_jax.data.ramp import Phase, Ramp
-from herd_jax.data.streams import HEADER, TokenStream
+from herd_jax.data.streams import TokenStream
 from herd_jax.errors import UserError
-from herd_jax.files import user_path, write_whole
-from herd_jax.text.tokenizer import load_tokenizer
+from herd_jax.files import user_path
 
 SHARES = {"general": 0.50, "math_and_reasoning": 0.25, "code": 0.17, "multilingual": 0.08}  # section 3.1.2
 MAX_EPOCHS = 4.0  # ours: repeats up to here are worth about as much as new text (Muennighoff et al., 2023)
@@ -153,7 +144,7 @@ class Mix:
         """Returns a table for each phase, what could not be met, and how often the run reads each source."""
         lines = []
         for phase in self.phases:
-            lines += [f"from {_count(phase.from_tokens)} to {_count(phase.to_tokens)} tokens", *_rows(phase), *_shortfalls(phase), ""]
+            lines += [f"from {_count(phase.from_tokens)} to {_count(phase.to_tokens)} tokens", *_rows(phase), *shortfalls(phase), ""]
         if self.config.total_tokens and self.total_tokens < self.config.total_tokens:
             lines += [f"the sources give {_count(self.total_tokens)} of {_count(self.config.total_tokens)} tokens within max_epochs", ""]
         lines += [*self.unused(), "", "epochs of the whole run"]
@@ -196,60 +187,6 @@ def plan(sources: Sequence[MixSource], config: MixConfig) -> Mix:
     return Mix(config, tuple(phases))
 
 
-def training_config(mix: Mix, file: Path, run: Mapping[str, Any]) -> None:
-    """Writes a config for `python -m herd_jax.train --config FILE`: the mix, and in `run` everything else (workdir, model, train, ...).
-
-    `train.num_steps` is set to what the tokens of the mix take, unless `run` has it; for that, its train section must have either phases
-    or global_batch_size and seq_len.
-    """
-    train = dict(run["train"])
-    if "num_steps" not in train:
-        phases = train.get("phases") or [{"from_tokens": 0, **train}]
-        ramp = Ramp(tuple(Phase(phase["from_tokens"], phase["global_batch_size"], phase["seq_len"], 1) for phase in phases))
-        train["num_steps"] = ramp.step_at(mix.total_tokens)
-    config = {**run, "train": train, "data": mix.data()}
-    table = str(mix).replace("\\", "\\\\").replace('"""', r"\"\"\"")
-    literal = pprint.pformat(config, width=120, sort_dicts=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f'"""A training run on this mix:\n\n{table}\n"""\n\nCONFIG = {literal}\n\n\ndef get_config():\n    return CONFIG\n')
-
-
-class PlanMix(PipelineStep):
-    """Writes `mix.json` and `train.py`, a config for `python -m herd_jax.train`, of the streams that can be trained on and validated; no
-    `train.py` where there are none."""
-
-    type = "mix"
-    name = "mix"
-
-    def __init__(self, config: MixConfig, streams: Path, high_quality: float | None, workdir: Path):
-        super().__init__()
-        self._config, self._streams, self._high_quality, self._workdir = config, streams, high_quality, workdir
-
-    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        sources = []
-        for directory in sorted(self._streams.glob("*")):
-            quality = self._high_quality if directory.name.endswith(HIGH) else None
-            if all(_num_tokens(directory / split) for split in ("train", "validation")):  # a single document leaves one empty
-                sources.append(MixSource.open(str(directory), directory.name.split("-")[0], quality))
-        if not sources:
-            table = "no mix: no category has two documents, one to train and one to validate on"
-            write_whole(self._workdir / "mix.json", json.dumps({"phases": [], "epochs": {}, "table": table}, indent=1))
-            return
-        mix = plan(sources, self._config)
-        phases = [
-            {
-                "from_tokens": p.from_tokens, "to_tokens": p.to_tokens, "shares": p.shares, "drawn": {source.path: n for source, n in p.drawn.items()},
-                "rows": _cells(p), "remarks": [*_left_out(p), *_shortfalls(p)],
-            }
-            for p in mix.phases
-        ]  # fmt: skip
-        epochs = {source.path: value for source, value in mix.epochs().items()}
-        write_whole(self._workdir / "mix.json", json.dumps({"phases": phases, "epochs": epochs, "unused": mix.unused(), "table": str(mix)}, indent=1))
-        model = {"name": "llama-5m", "vocab_size": load_tokenizer(self._streams.parent / "tokenizer").vocab_size}
-        run = {"workdir": str(self._workdir / "model"), "model": model, "train": {"global_batch_size": 8, "seq_len": 256}}
-        training_config(mix, self._workdir / "train.py", run)
-
-
 def _fill(total: float, weights: Mapping[Any, float], caps: Mapping[Any, float]) -> dict[Any, float]:
     """Shares `total` out by weight, to none more than its cap; what one cannot take goes to the others in proportion."""
     amounts, takers = {}, list(weights)
@@ -282,7 +219,7 @@ def _until_half_is_used(shares: Mapping[str, float], can_give: Mapping[str, floa
 HEADINGS = ("", "wanted", "reached", "tokens", "there are", "epochs")
 
 
-def _cells(phase: PlannedPhase) -> list[tuple[str, ...]]:
+def cells(phase: PlannedPhase) -> list[tuple[str, ...]]:
     """Returns a row below HEADINGS for each category and, indented, for each source."""
     rows = []
     for name, share in phase.shares.items():
@@ -297,17 +234,19 @@ def _cells(phase: PlannedPhase) -> list[tuple[str, ...]]:
 
 
 def _rows(phase: PlannedPhase) -> list[str]:
-    cells = [HEADINGS, *_cells(phase)]
-    width = max(len(label) for label, *_ in cells)
-    rows = [f"{label:<{width}} {wanted:>8} {reached:>8} {tokens:>9} {there:>9} {epochs:>7}" for label, wanted, reached, tokens, there, epochs in cells]
-    return [*rows, *_left_out(phase)]
+    table = [HEADINGS, *cells(phase)]
+    width = max(len(label) for label, *_ in table)
+    rows = [f"{label:<{width}} {wanted:>8} {reached:>8} {tokens:>9} {there:>9} {epochs:>7}" for label, wanted, reached, tokens, there, epochs in table]
+    return [*rows, *left_out(phase)]
 
 
-def _left_out(phase: PlannedPhase) -> list[str]:
+def left_out(phase: PlannedPhase) -> list[str]:
+    """Returns what the phase has no share for, in sentences."""
     return [f"{name}: not in this mix" for name in sorted({source.category for source in phase.drawn} - phase.shares.keys())]
 
 
-def _shortfalls(phase: PlannedPhase) -> list[str]:
+def shortfalls(phase: PlannedPhase) -> list[str]:
+    """Returns which shares cannot be met, in sentences."""
     reason = "short of its share: the others give more, in proportion to theirs"
     return [f"{name} is {_count(tokens)} tokens {reason}" for name, tokens in phase.short().items()]
 
@@ -317,7 +256,3 @@ def _count(tokens: float) -> str:
         if tokens >= size:
             return f"{tokens / size:.4g}{unit}"
     return f"{tokens:.0f}"
-
-
-def _num_tokens(stream: Path) -> int:
-    return sum(json.loads((stream / HEADER).read_text())["shard_tokens"])

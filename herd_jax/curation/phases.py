@@ -31,12 +31,12 @@ from herd_jax.curation.heuristics.word_counts import CountWords, SumWords
 from herd_jax.curation.input.extraction import Extraction
 from herd_jax.curation.input.reading import Reader
 from herd_jax.curation.language import Language
-from herd_jax.curation.mix import PlanMix
 from herd_jax.curation.parquet import Load, Number, Store
 from herd_jax.curation.safety.pii import Pii
 from herd_jax.curation.safety.urls import UrlSafety
 from herd_jax.curation.settings import CurationConfig
 from herd_jax.curation.streams import Join, MakeTokenizer, NameStream, Tokenize
+from herd_jax.curation.write_mix import PlanMix
 
 READ_COLUMNS = {name: "string" for name in ("url", "date", "source", "media_type", "language")} | {"language_score": "float64"}
 CLEAN_COLUMNS = READ_COLUMNS | {"category": "string", "topic": "string", "quality": "float64"}

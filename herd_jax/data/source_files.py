@@ -38,11 +38,11 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from filter(os.path.isfile, glob.iglob(pattern))
         return
     first = parts.index("**")
-    for root in glob.iglob(os.sep.join(parts[:first]) + os.sep) if first else ["."]:
-        yield from _walk(root, [*parts[first:], *(["*"] if parts[-1] == "**" else [])], is_relative=not first)
+    for root in glob.iglob(os.sep.join(parts[:first]) + os.sep) if first else [""]:
+        yield from _walk(root, [*parts[first:], *(["*"] if parts[-1] == "**" else [])])
 
 
-def _walk(root: str, parts: list[str], is_relative: bool) -> Iterator[str]:
+def _walk(root: str, parts: list[str]) -> Iterator[str]:
     """Yields the files below a directory whose path from there has these parts, of which "**" is any number of directories."""
     rules = [None if part == "**" else re.compile(fnmatch.translate(part)) for part in parts]
 
@@ -55,7 +55,7 @@ def _walk(root: str, parts: list[str], is_relative: bool) -> Iterator[str]:
                 found.add(place if rules[place] is None else place + 1)
         return frozenset(found)
 
-    left, links, visited = [("" if is_relative else root, frozenset([0]))], [], set()
+    left, links, visited = [(root, frozenset([0]))], [], set()
     while left or links:
         directory, places = left.pop() if left else links.pop()  # links last, so that a directory is met under its own name
         mark = (os.path.realpath(directory or "."), places)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herd_jax.config import parse, read_command_line
-from herd_jax.curation.mix import MAX_EPOCHS, MixConfig, MixSource, MixTarget, plan, training_config
+from herd_jax.curation.mix import MAX_EPOCHS, MixConfig, MixSource, MixTarget, plan
+from herd_jax.curation.write_mix import training_config
 from herd_jax.data.tokenization import tokenize_files
 from herd_jax.errors import UserError
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
