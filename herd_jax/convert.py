@@ -2,8 +2,8 @@
 
     python -m herd_jax.convert --source PATH --target DIR [--to herd|huggingface|meta] [--dtype bfloat16|float32] [--tp N]
 
-Several processes that a launcher starts, as those of herd_jax.train, write together. PATH is a Hugging Face directory, a Meta directory, a GGUF file, the workdir of a training run (its newest checkpoint), or a directory that
-this command wrote with `--to herd`.
+PATH is a Hugging Face directory, a Meta directory, a GGUF file, the workdir of a training run (its newest checkpoint), or a directory that
+this command wrote with `--to herd`. Several processes that a launcher starts, as it starts those of herd_jax.train, write together.
 """
 
 import argparse

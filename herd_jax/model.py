@@ -44,7 +44,7 @@ class TextLoss(NamedTuple):
 def load(path: str | Path, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> "Model":
     """Loads the model at `path`: a Hugging Face, Meta or herd directory, a GGUF file, or the workdir of a training run.
 
-    Without `mesh`, it uses one device. `dtype` is that of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
+    The weights are read when they are first used, so until then the files must stay. Without `mesh`, it uses one device. `dtype` is that of the weights and the computation, "float32" or "bfloat16"; by default bfloat16 on
     accelerators and float32 on CPU. An FP8 feed-forward stays FP8. Raises UserError for what cannot be read or laid out.
     """
     _check(dtype)

@@ -69,7 +69,8 @@ def _settle(workdir: Path, config: CurationConfig, files: Sequence[Path]) -> Non
         if changed := differences(old["config"], settled):
             both = ", ".join(f"{name} is {_value(settled, name)} and was {_value(old['config'], name)}" for name in changed)
             raise UserError(f"{workdir} was made with other settings ({both}): go on with the old ones, or name another workdir")
-        changed = {name for name, _ in old["inputs"].items() ^ inputs.items()} | {name for name, _ in old["contents"].items() ^ contents.items()}
+        known = old.get("contents", contents)  # an older version noted sizes alone
+        changed = {name for name, _ in old["inputs"].items() ^ inputs.items()} | {name for name, _ in known.items() ^ contents.items()}
         if names := sorted(changed):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{workdir} was made from other input, such as {', '.join(names[:3])}{more}: restore it, or name another workdir")

@@ -25,7 +25,7 @@ class Weights:
     `read` gives them when they are first asked for, in that form. Going over to the other form takes one parameter at a time.
     """
 
-    def __init__(self, model: Llama, layout: Layout, dtype: jnp.dtype, read: Read):
+    def __init__(self, model: Llama, layout: Layout, dtype: jnp.dtype, read: Read | None):
         self._declared, self.layout, self.dtype, self._read = model.declared, layout, dtype, read
         self._has_output = model.config.tie_embeddings  # the decoder's own, in the order of its product
         self._held: dict[str, jax.Array | list[jax.Array]] = {}  # by name; a list: apart
@@ -33,7 +33,7 @@ class Weights:
     @classmethod
     def of(cls, params: PyTree, model: Llama, layout: Layout, dtype: jnp.dtype) -> "Weights":
         """Returns weights that are there already, as training stores them; they are cast to `dtype` on the way to the decoder."""
-        weights = cls(model, layout, dtype, lambda name, *_: weights._held[name])
+        weights = cls(model, layout, dtype, None)
         weights._held = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
         return weights
 

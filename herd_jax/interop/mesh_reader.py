@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from herd_jax.inference.weights import Weights
 from herd_jax.mesh import on_mesh
@@ -20,30 +20,33 @@ class MeshReader:
 
     def __call__(self, name: str, layer: int | None = None) -> np.ndarray:
         array, row, spec = self._weights.layer(name, layer)
-        whole = _on_host(array, row) if array.is_fully_addressable else np.asarray(self._gather(spec, layer is not None)(array, row))
+        whole = _on_host(array, row) if array.is_fully_addressable else np.asarray(self._gather(array, row, spec))
         return whole[tuple(map(slice, self._weights.declarations[name].shape))]
 
     def take_part(self, name: str, layer: int | None = None) -> None:
         """Takes part in the reading of what only other processes want."""
         array, row, spec = self._weights.layer(name, layer)
         if not array.is_fully_addressable:
-            jax.block_until_ready(self._gather(spec, layer is not None)(array, row))  # else memory would hold many
+            jax.block_until_ready(self._gather(array, row, spec))  # else memory would hold many
 
-    @functools.cache
-    def _gather(self, spec: PartitionSpec, has_layers: bool):
-        """Returns the jitted function from an array and a row of it to that row, whole on each device."""
+    def _gather(self, array: jax.Array, row: int | None, spec: PartitionSpec) -> jax.Array:
+        return _gathering(self._weights.layout.mesh, spec, row is not None, self._weights.dtype)(array, row)
 
-        def gather(shard, row):
-            axes = tuple(spec)
-            if has_layers:
-                own = lax.dynamic_index_in_dim(shard, row % len(shard))
-                shard, axes = collectives.all_gather(own, "pp", 0)[row // len(shard)], axes[1:]
-            for dim, split in enumerate(axes):
-                shard = collectives.all_gather(shard, split, dim) if split else shard
-            return shard
 
-        layout = self._weights.layout
-        return on_mesh(gather, layout.mesh, (spec, PartitionSpec()), PartitionSpec(), self._weights.dtype)
+@functools.lru_cache(maxsize=64)
+def _gathering(mesh: Mesh, spec: PartitionSpec, has_layers: bool, dtype):
+    """Returns the jitted function from an array and a row of it to that row, whole on each device."""
+
+    def gather(shard, row):
+        axes = tuple(spec)
+        if has_layers:
+            own = lax.dynamic_index_in_dim(shard, row % len(shard))
+            shard, axes = collectives.all_gather(own, "pp", 0)[row // len(shard)], axes[1:]
+        for dim, split in enumerate(axes):
+            shard = collectives.all_gather(shard, split, dim) if split else shard
+        return shard
+
+    return on_mesh(gather, mesh, (spec, PartitionSpec()), PartitionSpec(), dtype)
 
 
 def _on_host(array: jax.Array, row: int | None) -> np.ndarray:

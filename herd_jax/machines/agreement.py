@@ -14,7 +14,7 @@ def tell_all(text: str) -> list[str]:
     """Tells all processes a text; returns what each of them told, in their order."""
     if jax.process_count() == 1:
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
+    own = np.frombuffer(text.encode(errors="replace"), np.uint8)
     sizes = np.reshape(multihost_utils.process_allgather(np.array(own.size)), -1)
     padded = np.pad(own, (0, int(sizes.max()) + 1 - own.size))
     texts = np.reshape(multihost_utils.process_allgather(padded), (len(sizes), -1))

@@ -1,6 +1,7 @@
 """The weights of a model in their two forms, on every kind of mesh: the same after going over and back, and held once."""
 
 import dataclasses
+import gc
 import shutil
 import weakref
 
@@ -64,3 +65,18 @@ def test_a_model_that_is_gone_when_it_is_needed(tmp_path):
         model.generate(["abc"], max_new_tokens=2)
     shutil.move(tmp_path / "away", tmp_path / "model")
     assert len(model.generate(["abc"], max_new_tokens=2)) == 1
+
+
+def test_weights_go_with_their_model(tmp_path):
+    """No garbage collection is needed, which knows nothing of the memory of devices."""
+    save_random(tmp_path / "model", tiny.CONFIG, "herd", FLOAT32)
+    params = herd_jax.load(tmp_path / "model").params
+    model = herd_jax.load(tmp_path / "model").with_params(jax.tree.map(jnp.copy, params))
+    gc.disable()
+    try:
+        model.save(tmp_path / "copy")
+        held = weakref.ref(model.weights.apart()["layers"]["qkv"][0])
+        del model
+        assert held() is None
+    finally:
+        gc.enable()

@@ -24,14 +24,16 @@ _NAVIGATION = frozenset(
     """.split()
 )
 _FOOTERS = frozenset({"footer", "site-footer", "navfooter"})
+_LONGEST_NAME = 100
+_MOST_READ = 16  # times the page's text that is read to measure elements in each other
 # What is called after these, and after nothing but furniture beside them, is a notice of the site; a chapter on them is called otherwise.
 _NOTICES = "cookies? consent gdpr ccpa newsletters?".split()
 _FURNITURE = """
     accept actions? alert app area area asset bar banner block body-?wrap bot bottom box button buttons cc center close cmp col column compliance component
-    container content-?wrap cookielaw custom cybot dialog disclaimer div element eu fixed floating footer form global group header hidden holder id info inner
+    container content-?wrap custom cybot dialog disclaimer div element eu fixed floating footer form global group header hidden holder id info inner
     inline input item js lang law layer lightbox list main management manager message mc4wp md modal module moove notice notification onetrust open outer
     overlay panel platform plugin policy popin popup preferences privacy prompt root row sdk section settings sidebar sign-?up simple site slide slideup sticky
-    subscribe subscription teaser text tnp toast tool top ui uk us user view visible wall warning widget window wp wrap wrapper \\d+
+    subscribe subscription teaser text tnp toast tool top ui uk us user view visible wall warning widget window wp wrap wrapper \\d
 """.split()
 _NOTICE = re.compile(f"(?=.*(?:{'|'.join(_NOTICES)}))(?:{'|'.join([*_NOTICES, *_FURNITURE])}|[a-z](?![a-z])|[-_.])+", re.IGNORECASE)
 _TRAIL = re.compile(r"(?:^|[-_.])(?:breadcrumbs?|navbar|docnav)(?:$|[-_.])", re.IGNORECASE)
@@ -54,19 +56,26 @@ def mark(tree: HTMLTree, link_text: re.Pattern) -> None:
     if not found:
         return
     total, marked = max(len(tree.body.text), 1), []
+    left_to_read = _MOST_READ * total
     for element in found:
-        size = len(link_text.sub("", element.text).strip())
+        text = element.text
+        if (left_to_read := left_to_read - len(text)) < 0:
+            break
+        size = len(link_text.sub("", text).strip())
         if _is_boilerplate(element, size > MUCH_TEXT and size > MUCH_SHARE * total):
             element[_MARK] = ""
             marked.append((size, element))
     marked = [(size, element) for size, element in marked if not element.parent.closest(f"[{_MARK}]")]
     marked.sort(key=lambda pair: pair[0])
-    while marked and marked[-1][0] > MUCH_TEXT and sum(size for size, _ in marked) > MOST * total:
-        del marked.pop()[1][_MARK]
+    removed = sum(size for size, _ in marked)
+    while marked and marked[-1][0] > MUCH_TEXT and removed > MOST * total:
+        size, element = marked.pop()
+        del element[_MARK]
+        removed -= size
 
 
 def _is_boilerplate(element: ElementNode, has_much: bool) -> bool:
-    names = [name for name in (element.id, *element.class_list) if name]
+    names = [name for name in (element.id, *element.class_list) if name and len(name) <= _LONGEST_NAME]
     if any(_NOTICE.fullmatch(name) for name in names):
         return True
     lower = {name.lower() for name in names}

@@ -22,6 +22,7 @@ _WIDER = {
     "mac-roman": ("mac-roman",),
 }
 _ODD_LABEL = re.compile(r"(?:x-)?(?:cp|win|windows|ms|microsoft-cp|ibm)?[-_ ]?(\d{3,5})")
+_CHARSETS = re.compile(r"cp\d|iso|euc|koi8|mac|hz|johab|utf-(?!7)|big5|gb|shift|kz1048|ptcp154|tis|hp-roman8|ascii|latin")
 _SINGLE_BYTE = re.compile(r"cp(?:125\d|874|866)|iso8859|koi8|mac-")
 _EUC_JP = re.compile(rb"[\xa1-\xfe]{2}|\x8e[\xa1-\xdf]|\x8f[\xa1-\xfe]{2}|[\x00-\x7f]+|.", re.DOTALL)
 _ESCAPE = re.compile(rb"(\x1b(?:\([BJI]|\$[@B]|\$\(D))")
@@ -44,7 +45,7 @@ def _python_name(label: str) -> str:
             found = codecs.lookup(candidate)
         except (LookupError, ValueError):
             continue
-        if found._is_text_encoding:  # and not such as base64
+        if _CHARSETS.match(found.name):  # and not such as base64, punycode or unicode_escape
             return found.name.replace("_", "-") if found.name.startswith(("iso8859", "mac")) else found.name
     return ""
 

@@ -1,5 +1,7 @@
 """What is called like boilerplate and holds the page's text is its text; what is called so and is so goes."""
 
+import time
+
 import pytest
 
 from herd_jax.curation.input.extraction import extract_text
@@ -56,3 +58,17 @@ def test_heads_and_asides_of_pages_without_a_main_part():
     assert "A note on cookies." in extract_text(inside)
     head = f"<html><body><header><h1>Title</h1><p>{TEXT}</p></header><p>{OTHER}</p></body></html>"
     assert TEXT.strip() in extract_text(head)
+
+
+@pytest.mark.parametrize("name", ["cookie" + "1" * 60 + "!", "cookielaw" * 9 + "!", "c" * 90 + "cookie?", "cookie" * 16 + "?", "cookie-banner-" * 5000])
+def test_hostile_names_take_no_time(name):
+    began = time.process_time()
+    extract_text(f'<html><body><div id="{name}" class="{name}"><p>{OTHER}</p></div><p>{TEXT}</p></body></html>' * 5)
+    assert time.process_time() - began < 5  # of a search that grows with 2^n there would be no end
+
+
+def test_elements_in_each_other_are_measured_a_few_times():
+    deep = '<div class="menu">' * 400 + f"<p>{TEXT * 300}</p>" + "</div>" * 400
+    began = time.process_time()
+    assert TEXT.strip() in extract_text(f"<html><body>{deep}<p>{OTHER}</p></body></html>")
+    assert time.process_time() - began < 20

@@ -120,3 +120,9 @@ def test_controls_of_the_windows_codes():
 
 def test_unknown_labels():
     assert codecs_of("no such thing") == codecs_of("") == codecs_of("base64") == codecs_of("x-user-defined") == codecs_of("none") == ()
+
+
+def test_codecs_of_python_that_are_no_charsets():
+    for label in ("unicode_escape", "raw_unicode_escape", "punycode", "idna", "rot13", "utf-7", "undefined"):
+        assert codecs_of(label) == (), label
+    assert decode(b"a\\u0041 plain text", charset="unicode_escape") == "a\\u0041 plain text"
