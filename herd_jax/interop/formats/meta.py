@@ -83,8 +83,10 @@ def ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
 def make_config(config: LlamaConfig, tp: int = 1) -> dict[str, Any]:
     """Returns params.json. Raises UserError for a model that it cannot describe, or that `tp` ranks cannot share."""
     c = config
+    if tp < 1:
+        raise UserError(f"tp is {tp}: it must be 1 or more")
     for what, number in (("heads", c.num_heads), ("key and value heads", c.num_kv_heads), ("feed-forward dims", c.ffn_dim), ("ids", c.vocab_size)):
-        if tp < 1 or number % tp:
+        if number % tp:
             raise UserError(f"Meta's format for tp {tp} gives each rank as many {what}, and the model has {number}: choose a tp that divides it")
     if c.fp8:
         raise UserError("Meta's format says nothing of which layers are FP8, and this model has some: write herd or huggingface")

@@ -96,6 +96,8 @@ def test_a_model_on_a_mesh_has_a_file_for_each_tp_rank(tmp_path):
 def test_ranks_that_cannot_share_a_model(tmp_path):
     with pytest.raises(UserError, match="for tp 2 gives each rank as many ids, and the model has 61: choose a tp that divides it"):
         save_random(tmp_path / "meta", CONFIG, "meta", tp=2)
+    with pytest.raises(UserError, match="tp is 0: it must be 1 or more"):
+        save_random(tmp_path / "meta", CONFIG, "meta", tp=0)
     with pytest.raises(UserError, match="for tp 3 gives each rank as many heads, and the model has 16"):
         save_random(tmp_path / "meta", CONFIG, "meta", tp=3)
 
