@@ -24,7 +24,7 @@ WINDOWS = 3
 WINDOW_CHARACTERS = 1000
 CODE, UNDETERMINED = "code", "und"  # source code; a text without letters (ISO 639's code)
 _LABEL = "__label__"
-_NOT_FOR_MODEL = re.compile(r"[\s\x00\ud800-\udfff]")  # ends of lines, and what UTF-8 does not have
+_NOT_FOR_MODEL = re.compile(r"[\s\x00\ud800-\udfff\u1361]")  # ends of lines, what UTF-8 does not have, Ethiopic's sign between words
 
 
 @dataclasses.dataclass(frozen=True)

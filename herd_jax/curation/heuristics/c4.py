@@ -22,7 +22,7 @@ class C4Config:
     Phrases are in lower case. None: no limit.
     """
 
-    line_ends: str = ".?!\"'"
+    line_ends: str | None = ".?!\"'"
     min_words_per_line: int = 3
     max_word_length: int | None = 1000
     min_sentences: int | None = 5
@@ -39,8 +39,8 @@ class C4Config:
     drop_curly_brackets: bool = True
 
     def __post_init__(self):
-        if not self.line_ends:
-            raise UserError("curation c4.line_ends is empty and no line could stay: give the signs that may end one, or none for all of c4")
+        if self.line_ends is not None and not self.line_ends:
+            raise UserError("curation c4.line_ends is empty and no line could stay: give the signs that may end one, or none for any sign")
         check_counts("c4", {name: getattr(self, name) for name in ("min_words_per_line", "max_word_length", "min_sentences")})
 
 
@@ -56,7 +56,7 @@ class C4Quality(ProseBlock):
         page_phrases = [phrase for phrase in settings.page_phrases if phrase in lowered]
         has_citations = "[" in doc.text
         has_curly = settings.drop_curly_brackets and "{" in doc.text
-        ends = tuple(settings.line_ends)
+        ends = "" if settings.line_ends is None else tuple(settings.line_ends)  # each line ends with ""
         kept = []
         for line in doc.text.splitlines():
             line = line.strip()

@@ -8,6 +8,7 @@ from datatrove.data import Document
 
 from herd_jax.curation.heuristics.prose import ProseBlock, check_counts, check_fractions
 from herd_jax.curation.text import words
+from herd_jax.curation.text.characters import ALONE
 from herd_jax.errors import UserError
 
 _BULLETS = ("•", "-")
@@ -16,7 +17,7 @@ _ELLIPSES = ("...", "…")
 
 @dataclasses.dataclass(frozen=True)
 class GopherQualityConfig:
-    """Limits: words that are not symbols; their mean length in characters; hash signs or ellipses a word; fractions of the lines that begin
+    """Limits: words that are not symbols; their mean length in characters (not judged in scripts without spaces); hash signs or ellipses a word; fractions of the lines that begin
     with a bullet or end with an ellipsis, of the words with a letter; distinct stop words. None: no limit."""
 
     min_words: int | None = 50
@@ -58,10 +59,10 @@ class GopherQuality(ProseBlock):
             return False, "gopher_short_doc"
         if _above(len(lengths), settings.max_words):
             return False, "gopher_long_doc"
-        mean_length = int(lengths.sum()) / len(lengths)
-        if _below(mean_length, settings.min_mean_word_length):
+        mean_length = _mean_length(found)
+        if mean_length is not None and _below(mean_length, settings.min_mean_word_length):
             return False, "gopher_below_avg_threshold"
-        if _above(mean_length, settings.max_mean_word_length):
+        if mean_length is not None and _above(mean_length, settings.max_mean_word_length):
             return False, "gopher_above_avg_threshold"
         if _above(text.count("#") / num_words, settings.max_symbols_per_word):
             return False, "gopher_too_many_hashes"
@@ -77,6 +78,12 @@ class GopherQuality(ProseBlock):
         if settings.min_stop_words and not _has_stop_words(found.hashes, settings.stop_words, settings.min_stop_words):
             return False, "gopher_enough_stop_words"
         return True
+
+
+def _mean_length(found: words.Words) -> float | None:
+    """Returns the mean length of the words between spaces; None where characters of scripts without spaces outnumber them."""
+    lengths = found.lengths[((found.kinds & ALONE) == 0) & ~found.is_symbol]
+    return int(lengths.sum()) / len(lengths) if 2 * len(lengths) >= np.count_nonzero(~found.is_symbol) else None
 
 
 def _below(value: float, limit: float | None) -> bool:

@@ -27,13 +27,16 @@ INERT = np.uint16(1 << 15)  # letters and marks: no rule cuts around them
 
 LIMIT = 0x40000  # the planes that hold text; code points above count as the last one below
 _AFFIXES = ",:;!?()[]{}<>_#*&'\"`´¡¿·،؛؟٪。、，！？：；～｡､"
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, Tai, Balinese, Javanese; kana, bopomofo, Yi, Han
+    "[\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf\u1b00-\u1b7f\ua980-\ua9df"
+    "\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\uff66-\uff9f\ua000-\ua48f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
+_SEPARATORS = "\u0f0b\u0f0c\u1361"  # stand between the syllables of Tibetan, between the words of Ethiopic
 _ACCENTS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f\ufe00-\ufe0f\u00ad\u200b-\u200d\u2060\ufeff]")  # and what has no width
+_OTHER_SCRIPT = re.compile("[\u0370-\u1fff\u2d00-\u2dff\ua4d0-\uabff\U00010000-\U0001ffff]")
 _LONGEST_FORM = 8  # code points; two ligatures of Arabic have more
-_SENTENCE_ENDS = "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？｡。"
+_SENTENCE_ENDS = "!.?։؟۔܀܁܂߹।॥།༎༏༐༑༔၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？｡。"
 
 
 @functools.cache
@@ -86,7 +89,7 @@ def kinds_of(points: np.ndarray, margin: int = 0) -> np.ndarray:
 
 
 def _flags(char: str) -> int:
-    if char.isspace():
+    if char.isspace() or char in _SEPARATORS:
         return SPACE
     category = unicodedata.category(char)
     found = NOT_SYMBOL * (char not in PUNCTUATION_SET) | NOT_PUNCTUATION * (category[0] != "P")
@@ -97,7 +100,8 @@ def _flags(char: str) -> int:
         return found | ALPHA | INERT | (LOWER | DOT_FOLLOWS) * lower | UPPER * upper
     if category[0] == "M":
         return found | INERT
-    is_affix = char in _AFFIXES or (not char.isascii() and (category in ("Pi", "Pf", "Ps", "Pe") or char in _SENTENCE_ENDS))
+    is_bracket_or_end = not char.isascii() and (category in ("Pi", "Pf", "Ps", "Pe") or char in _SENTENCE_ENDS)
+    is_affix = char in _AFFIXES or is_bracket_or_end or (category == "Po" and _OTHER_SCRIPT.match(char) is not None)
     return (
         found
         | DIGIT * (char in "0123456789")
