@@ -61,7 +61,7 @@ _COOKIES = {  # what a line about privacy or cookies says
 }
 
 
-# What follows was measured on the Universal Declaration of Human Rights in 125 of the identifier's languages, and lies where FineWeb-2's
+# What follows was measured on the Universal Declaration of Human Rights in 104 of the identifier's languages, and lies where FineWeb-2's
 # limits by language lie (Penedo et al. 2025): words of 3.2 characters on average in Urdu, 12.2 in Malayalam, 59 % with letters in Low German.
 def _other(language: str, mean_length: tuple[float, float] = (2.0, 12.0), short_line: int = 30, **c4: Any) -> Rules:
     """Returns rules without stop words for a language with spaces, in which the mean word's length lies between these."""

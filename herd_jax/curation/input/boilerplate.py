@@ -65,6 +65,8 @@ def mark(tree: HTMLTree, link_text: re.Pattern) -> None:
         if _is_boilerplate(element, size > MUCH_TEXT and size > MUCH_SHARE * total):
             element[_MARK] = ""
             marked.append((size, element))
+    if sum(size for size, _ in marked) <= MOST * total:
+        return
     marked = [(size, element) for size, element in marked if not element.parent.closest(f"[{_MARK}]")]
     marked.sort(key=lambda pair: pair[0])
     removed = sum(size for size, _ in marked)

@@ -106,7 +106,7 @@ def extract_text(page: str) -> str | None:
     """Returns the text of an HTML page, "" where it has none; None where elements are nested more than MAX_DEPTH deep."""
     aside: list[str] = []
     skipped = [*boilerplate.SKIPPED, _MATHJAX_OUTPUT] if "math/tex" in page else boilerplate.SKIPPED
-    page = _put_aside(_MARKS.sub("", page), aside)
+    page = _put_aside(_without_marks(page), aside)
     source = page.encode("utf-8", "replace")
     tree = HTMLTree.parse_from_bytes(source, "utf-8")
     if _may_be_deep(source) and _is_deep(tree):
@@ -123,18 +123,25 @@ def extract_text(page: str) -> str | None:
 def strip_markdown(text: str) -> str:
     """Returns the text without the markers of headings, quotes, rules, links, emphasis and code. What is code or a formula stays as it is."""
     aside: list[str] = []
-    return _put_back(_strip_markdown(_MARKS.sub("", text), aside), aside)
+    return _put_back(_strip_markdown(_without_marks(text), aside), aside)
+
+
+def _without_marks(text: str) -> str:
+    return text if text.isascii() else _MARKS.sub("", text)
 
 
 def _put_aside(page: str, aside: list[str]) -> str:
     """Returns the page with code and formulas moved to `aside`, tokens in their places, and the text of links between marks."""
-    page = _LONG_TAG.sub(r"<\1>", _DATA_URL.sub("", page))
+    page = _LONG_TAG.sub(r"<\1>", _DATA_URL.sub("", page) if "data:" in page else page)
     parts, position, never_ended = [], 0, set()
-    while match := _TAG.search(page, position):
+    for match in _TAG.finditer(page):
+        start, end = match.span()
+        if start < position:  # within what was put aside
+            continue
         comment, link_end, name, attributes = match.groups()
         name = comment or (name or "").lower()
-        parts.append(page[position : match.start()])
-        position = match.end()
+        parts.append(page[position:start])
+        position = end
         if link_end:
             parts.append(f"{LINK_END}</a>")
         elif name == "a":
@@ -193,6 +200,8 @@ def _put_back(text: str, aside: list[str]) -> str:
 
 def _may_be_deep(source: bytes) -> bool:
     """Returns whether MAX_DEPTH elements may be open at once, for all that start and end tags tell: quick, and never wrongly False."""
+    if source.count(b"<") <= MAX_DEPTH:
+        return False
     codes = np.frombuffer(source, np.uint8)
     after = codes[np.flatnonzero(codes[:-1] == ord("<")) + 1]
     starts, ends = (after | 32) - ord("a") < 26, after == ord("/")

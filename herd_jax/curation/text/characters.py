@@ -47,20 +47,21 @@ def flags() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """The folded form of each code point: `sizes` [LIMIT] code points from `begins` [LIMIT] on in `values`, all uint32."""
+    """The folded form of each code point: `sizes` [LIMIT] (uint8) code points from `begins` [LIMIT] on in `values`, both uint32; the first
+    of them is in `firsts` [LIMIT]."""
 
-    begins: np.ndarray
     sizes: np.ndarray
+    begins: np.ndarray
+    firsts: np.ndarray
     values: np.ndarray
 
     def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the folded code points of `points` [T], and where the form of each begins among them: int64 [T + 1]."""
-        points = np.minimum(points, LIMIT - 1)
-        sizes = self.sizes[points]
+        sizes = self.sizes.take(points, mode="clip")
+        if (sizes == 1).all():
+            return self.firsts.take(points, mode="clip"), np.arange(len(points) + 1)
         places = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        begins = self.begins[points]
-        if places[-1] == len(points) and (sizes == 1).all():
-            return self.values[begins], places
+        begins = self.begins.take(points, mode="clip")
         return self.values[np.repeat(begins - places[:-1], sizes) + np.arange(places[-1])], places
 
 
@@ -72,8 +73,9 @@ def folding() -> Folding:
     letters). The accents of Latin, Greek and Cyrillic letters go; marks that make another letter stay, such as those of kana.
     """
     forms = [_fold(chr(point)) for point in range(LIMIT)]
-    sizes = np.array([len(form) for form in forms], np.uint32)
-    return Folding((np.cumsum(sizes) - sizes).astype(np.uint32), sizes, code_points("".join(forms)))
+    sizes = np.array([len(form) for form in forms], np.uint8)
+    begins, values = (np.cumsum(sizes, dtype=np.uint32) - sizes).astype(np.uint32), code_points("".join(forms))
+    return Folding(sizes, begins, values.take(begins, mode="clip"), values)
 
 
 def code_points(text: str) -> np.ndarray:

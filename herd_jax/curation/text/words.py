@@ -113,12 +113,24 @@ def _folded(text: str, starts: np.ndarray, ends: np.ndarray, digits: bool) -> np
         starts, text = np.concatenate([[0], ends[:-1]]).astype(np.int64), "".join(found)
     points, places = characters.folding()(characters.code_points(text))
     starts, ends = places[starts], places[ends]
-    if not digits and len(points):
-        is_digit = points - _ZERO < 10  # of unsigned numbers
-        points = np.where(is_digit, _ZERO, points)
-        kept = np.ones(len(points), bool)
-        kept[1:] = ~(is_digit[1:] & is_digit[:-1])
-        kept[starts[starts < len(points)]] = True
-        positions = np.concatenate([[0], np.cumsum(kept)])
-        points, starts, ends = points[kept], positions[starts], positions[ends]
-    return mix(SpanHashes(points).of(starts, ends))
+    hashes = SpanHashes(points).of(starts, ends)
+    if not digits:
+        at = (points - _ZERO < 10).nonzero()[0]  # of unsigned numbers
+        holds = np.zeros(len(starts) + 1, bool)
+        holds[starts.searchsorted(at, side="right")] = True
+        found = holds[1:].nonzero()[0]
+        hashes[found] = _without_digits(points, starts[found], ends[found])
+    return mix(hashes)
+
+
+def _without_digits(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Returns the hashes of these words, each run of digits taken as one 0: uint64 [n]."""
+    sizes = ends - starts
+    places = np.concatenate([[0], np.cumsum(sizes)])
+    points = points[np.repeat(starts - places[:-1], sizes) + np.arange(places[-1])]
+    is_digit = points - _ZERO < 10
+    kept = np.ones(len(points), bool)
+    kept[1:] = ~(is_digit[1:] & is_digit[:-1])
+    kept[places[:-1][sizes > 0]] = True
+    places = np.concatenate([[0], np.cumsum(kept)])[places]
+    return SpanHashes(np.where(is_digit, _ZERO, points)[kept]).of(places[:-1], places[1:])
