@@ -1,0 +1,229 @@
+"""Compiles training steps for a GPU on a machine without one, and says what the compiler made of them and what a step would take.
+
+    python benchmarks/compile_for_gpu.py                                             # the cases of CASES, a table
+    python benchmarks/compile_for_gpu.py --model llama3-8b --tp 8 --seq-len 8192     # any other: `--help`
+
+Needs XLA's CUDA plug-in and no driver: `pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V`, V the version of the installed jax, and
+tokamax (Python 3.12) for its attention. The memory, the kernels, their order and the loops are facts, of this XLA and these flags. Times are
+estimates (`gpu_estimate.py` has the rates): cards are slower or faster than that, and host time, clocks and other users are not in them.
+
+Columns: memory compiled, and of it the planner's; TFLOP in matrix products, of the model's (with attention); what rematerialisation by XLA adds to
+them; kernels that only move data and take more than 1 % of the step; loops that the host drives; messages, and the share of the step that none of
+the kernels hides; the step and its MFU.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled. `batch`: sequences a step over all devices."""
+
+    model: str = "llama3.2-1b"
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    batch: int = 1
+    micro_batches: int = 1
+    seq_len: int = 8192
+    schedule: str = "1f1b"
+    chunks: int = 1
+    overlap: bool = False
+    remat: str = "none"
+    gather: str = "step"
+    attention: str = "auto"
+    layers: int = 0  # of the model's; 0: all
+    hardware: str = "h100"
+    xla_flags: str = ""  # added to those of herd_jax/machines/xla_flags.py
+
+
+CASES = {
+    "1B": Case(),
+    "1B, batch 4": Case(batch=4),
+    "8B tp 8": Case("llama3-8b", tp=8),
+    "8B dp 8, gather layer": Case("llama3-8b", dp=8, batch=8, gather="layer"),
+    "1B pp 4, 1f1b": Case(pp=4, batch=8, micro_batches=8),
+    "1B pp 4, zero_bubble": Case(pp=4, batch=8, micro_batches=8, schedule="zero_bubble"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What came out of one case. Bytes of one device; seconds of a step, by kind where that is said; TFLOP of one device and step."""
+
+    compiled_bytes: float
+    planned_bytes: float
+    gemm_tflop: float
+    model_tflop: float
+    remat_tflop: float
+    fp8_gemms: int
+    copies: dict[str, float]  # kernels that only move data, above 1 % of the step: seconds
+    host_loops: int
+    seconds: float
+    kernels: dict[str, float]
+    messages: dict[str, float]
+    exposed: dict[str, float]
+    mfu: float
+    compile_seconds: float
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Case):
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind)
+    parser.add_argument("--only", help="names of cases, with ; between them")
+    parser.add_argument("--hlo", type=Path, help="a folder for the compiled modules' text")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a case as JSON, in this process
+    args = parser.parse_args()
+    if args.one:
+        case, hlo = json.loads(args.one)
+        print(json.dumps(dataclasses.asdict(compile_case(Case(**case), Path(hlo) if hlo else None))))
+        return
+    given = {field.name: value for field in dataclasses.fields(Case) if (value := getattr(args, field.name)) not in (None, False)}
+    flags = {name: given.pop(name) for name in ("xla_flags", "hardware") if name in given}
+    cases = {"this": Case(**given)} if given else {name: case for name, case in CASES.items() if not args.only or name in args.only.split(";")}
+    print(f"{'case':<24}{'GB':>7}{'planned':>9}{'TFLOP':>8}{'model':>7}{'remat':>7}{'copies':>8}{'loops':>7}{'sent ms':>9}{'exposed':>9}{'ms':>9}{'MFU':>8}")
+    for name, case in cases.items():
+        hlo = args.hlo / f"{name.replace(' ', '_').replace(',', '')}.hlo" if args.hlo else None
+        print(row(name, facts_of(dataclasses.replace(case, **flags), hlo)), flush=True)
+
+
+def facts_of(case: Case, hlo: Path | None = None) -> Facts:
+    """Compiles a case in a process of its own, since XLA reads its flags once."""
+    argument = json.dumps([dataclasses.asdict(case), str(hlo.absolute()) if hlo else None])
+    done = subprocess.run([sys.executable, __file__, "--one", argument], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\n{case} was not compiled: see above")
+    return Facts(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def row(name: str, facts: Facts) -> str:
+    exposed = sum(facts.exposed.values()) / facts.seconds
+    return (
+        f"{name:<24}{facts.compiled_bytes / 1e9:>7.1f}{facts.compiled_bytes / facts.planned_bytes:>9.0%}{facts.gemm_tflop:>8.1f}{facts.model_tflop:>7.1f}"
+        f"{facts.remat_tflop:>7.1f}{len(facts.copies):>8}{facts.host_loops:>7}{1e3 * sum(facts.messages.values()):>9.1f}{exposed:>9.1%}"
+        f"{1e3 * facts.seconds:>9.1f}{facts.mfu:>8.1%}"
+    )
+
+
+def compile_case(case: Case, hlo_path: Path | None) -> Facts:
+    os.environ.update(JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="2", XLA_FLAGS=case.xla_flags)  # before jax is imported
+    from gpu_devices import DATA_SHEETS, devices
+
+    from herd_jax.machines.xla_flags import choose_flags, set_flags
+
+    set_flags(choose_flags(DATA_SHEETS[case.hardware].name), os.environ)
+    import jax
+
+    from herd_jax.machines.hardware import HARDWARE
+    from herd_jax.mesh import MeshConfig
+    from herd_jax.parallel.schedule import PipelineConfig
+    from herd_jax.planning import memory, throughput
+    from herd_jax.planning.job import Job
+
+    sizes = MeshConfig(case.tp, case.cp, case.pp, case.dp)
+    _show(found := devices(case.hardware, case.tp * case.cp * case.pp * case.dp))
+    pipeline = PipelineConfig(case.schedule, case.chunks, overlap=case.overlap)
+    model, lowered = _lower(case, sizes, pipeline, found)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    taken = time.perf_counter() - start
+    text, used = compiled.as_text(), compiled.memory_analysis()
+    if hlo_path:
+        hlo_path.write_text(text)
+    hardware = HARDWARE[case.hardware]
+    job = Job(
+        case.model, model, hardware, case.tp, case.cp, case.pp, case.dp, case.seq_len, case.batch // case.dp, case.batch // case.dp // case.micro_batches,
+        pipeline, case.remat, case.gather,
+    )  # fmt: skip
+    planned, speed = memory.estimate(job)["total"], throughput.estimate(job)
+    totals, seconds = _estimate(text, hardware, case, job, speed)
+    flops = speed.flops_per_token * job.tokens_per_step / job.num_devices
+    return Facts(
+        used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes,
+        planned,
+        totals.gemm_flops / 1e12,
+        flops / 1e12,
+        totals.remat_flops / 1e12,
+        totals.fp8_gemms,
+        {name: spent for name, spent in totals.copies.most_common() if spent > 0.01 * seconds},
+        totals.host_loops,
+        seconds,
+        dict(totals.kernels),
+        dict(totals.messages),
+        dict(totals.exposed),
+        flops / seconds / hardware.peak_flops,
+        taken,
+    )
+
+
+def _show(found: list) -> None:
+    """Makes JAX, and tokamax, which asks it, see the devices that are compiled for instead of this machine's CPU."""
+    import jax
+    from jax.extend import backend
+
+    jax.devices = jax.local_devices = lambda *args, **options: found
+    jax.default_backend = lambda: "gpu"
+    backend.get_default_device = lambda: found[0]
+
+
+def _lower(case: Case, sizes, pipeline, found: list):
+    """Returns the model's config and its lowered training step."""
+    import jax
+    import numpy as np
+
+    from herd_jax.data.rows import DataConfig
+    from herd_jax.mesh import make_mesh
+    from herd_jax.models.config import ModelConfig
+    from herd_jax.training.config import RunConfig, TrainConfig, build_steps
+    from herd_jax.training.next_token import NEXT_TOKEN
+
+    train = TrainConfig(
+        global_batch_size=case.batch, seq_len=case.seq_len, num_micro_batches=case.micro_batches, attention=case.attention, remat=case.remat,
+        gather=case.gather, compute_dtype="bfloat16",
+    )  # fmt: skip
+    model = ModelConfig(case.model, **({"num_layers": case.layers} if case.layers else {}))
+    config = RunConfig("unused", DataConfig({"unused": 1.0}), model=model, train=train, pipeline=pipeline)
+    steps = build_steps(config, make_mesh(sizes, found), NEXT_TOKEN)
+    state = jax.eval_shape(lambda: steps.plan.init(0))
+    state = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, steps.plan.shardings)
+    shape = (case.micro_batches, case.batch // case.micro_batches, case.seq_len)
+    dtype = lambda field: bool if field == "loss_mask" else np.int32
+    batch = {field: jax.ShapeDtypeStruct(shape, dtype(field), sharding=steps.batch_sharding) for field in NEXT_TOKEN.fields}
+    return config.model.resolve(), steps.train.lower(state, batch)
+
+
+def _estimate(text: str, hardware, case: Case, job, speed):
+    """Returns the totals of a step, and its seconds.
+
+    A loop whose trip count is not known runs as often as the schedule says, on average over its ticks and ranks: one over layers if it has
+    attention in it, else one round for what few ranks do, such as the head. What ranks wait for each other comes on top, as the planner has it.
+    """
+    from gpu_estimate import Estimate
+    from hlo import Module
+
+    mesh = {axis: getattr(case, axis) for axis in ("tp", "cp", "pp", "dp")}
+    if case.pp == 1:
+        totals = Estimate(Module(text), hardware, mesh).totals
+        return totals, totals.seconds
+    num_ticks = len(job.table.rows)
+    layers = case.micro_batches * job.model.num_layers / case.pp / num_ticks
+    ends = case.micro_batches / case.pp / num_ticks
+    totals = Estimate(Module(text), hardware, mesh, lambda loop, body: layers if body.kernels["attention"] else ends).totals
+    waited = (speed.time["bubble"] + speed.time["imbalance"]) / (speed.step_time_s - speed.time["bubble"] - speed.time["imbalance"])
+    return totals, totals.seconds * (1 + waited)
+
+
+if __name__ == "__main__":
+    main()
