@@ -207,22 +207,25 @@ def _lower(case: Case, sizes, pipeline, found: list):
 def _estimate(text: str, hardware, case: Case, job, speed):
     """Returns the totals of a step, and its seconds.
 
-    A loop whose trip count is not known runs as often as the schedule says, on average over its ticks and ranks: one over layers if it has
-    attention in it, else one round for what few ranks do, such as the head. What ranks wait for each other comes on top, as the planner has it.
+    A loop whose rounds a schedule's table decides runs as often as the table says, on average over ticks and ranks. What ranks wait for each other
+    comes on top, as the planner has it.
     """
     from gpu_estimate import Estimate
     from hlo import Module
 
+    from herd_jax.planning.throughput import COLUMN_OF
+
     mesh = {axis: getattr(case, axis) for axis in ("tp", "cp", "pp", "dp")}
-    if case.pp == 1:
-        totals = Estimate(Module(text), hardware, mesh).totals
-        return totals, totals.seconds
-    num_ticks = len(job.table.rows)
-    layers = case.micro_batches * job.model.num_layers / case.pp / num_ticks
-    ends = case.micro_batches / case.pp / num_ticks
-    totals = Estimate(Module(text), hardware, mesh, lambda loop, body: layers if body.kernels["attention"] else ends).totals
-    waited = (speed.time["bubble"] + speed.time["imbalance"]) / (speed.step_time_s - speed.time["bubble"] - speed.time["imbalance"])
-    return totals, totals.seconds * (1 + waited)
+
+    def rounds(loop) -> float:
+        scope = next((part for part in reversed(loop.op_name.split("/")) if part in COLUMN_OF), None)
+        if case.pp == 1 or scope is None:
+            raise ValueError(f"nothing says how often the loop {loop.name} ({loop.op_name}) runs")
+        return float(job.table.column(COLUMN_OF[scope]).mean())
+
+    totals = Estimate(Module(text), hardware, mesh, rounds).totals
+    idle = speed.time["bubble"] + speed.time["imbalance"]
+    return totals, totals.seconds * speed.step_time_s / (speed.step_time_s - idle)
 
 
 if __name__ == "__main__":

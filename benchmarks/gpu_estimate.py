@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from hlo import Cost, Instruction, Module, num_bytes
 
@@ -48,10 +48,10 @@ class Totals:
 
 
 class Estimate:
-    """`mesh`: sizes of its axes, innermost first. `unknown`: (instruction, body's Totals) -> how often a loop without a known trip count runs."""
+    """`mesh`: sizes of its axes, innermost first. `rounds`: a loop -> how often it runs, where the module does not say."""
 
-    def __init__(self, module: Module, hardware: Hardware, mesh: Mapping[str, int], unknown=lambda loop, body: 1.0):
-        self._module, self._hardware, self._mesh, self._unknown = module, hardware, mesh, unknown
+    def __init__(self, module: Module, hardware: Hardware, mesh: Mapping[str, int], rounds: Callable[[Instruction], float]):
+        self._module, self._hardware, self._mesh, self._rounds = module, hardware, mesh, rounds
         self._known: dict[str, Totals] = {}
         self.totals = self._of(module.entry)
 
@@ -76,7 +76,7 @@ class Estimate:
             elif each.op == "while":
                 inner = self._of(self._module.called(each)[0])
                 count = self._module.rounds(computation, each)
-                count = self._unknown(each, inner) if count is None else count
+                count = self._rounds(each) if count is None else count
                 totals.host_loops += each.trip_count is None
                 totals.add(inner, count)
                 now += inner.seconds * count

@@ -27,6 +27,7 @@ class Flag:
 
 _EVERY_GPU = (
     Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "FSDP's gathers start early, its reduce-scatters end late, behind matmuls"),
+    Flag("xla_disable_hlo_passes", "rematerialization", "what the backward recomputes is train.remat's choice: the pass adds matmuls and saves nothing"),
     Flag("xla_gpu_enable_triton_gemm", "false", "matmuls by cuBLAS: fast on the large shapes of a Llama, and no search for Triton tiles"),
     Flag("xla_gpu_enable_while_loop_double_buffering", "true", "no copies in the loop over ticks; lets gathers cross it"),
     Flag("xla_gpu_enable_pipelined_all_gather", "true", "the gather of the next layer runs during this one (train.gather=layer)"),

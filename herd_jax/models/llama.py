@@ -186,8 +186,8 @@ class Llama:
 
             def attend(q_BTNH, k_BTKH, v_BTKH):
                 k_BSKH, v_BSKH = context.gather_keys(k_BTKH, 1), context.gather_keys(v_BTKH, 1)
-                causal_rows = collectives.axis_size("cp") == 1
-                return attention(q_BTNH, k_BSKH, v_BSKH, inputs.ranges, self.attention_implementation, causal_rows=causal_rows), None
+                promises = {"causal_rows": collectives.axis_size("cp") == 1, "all_see": True}  # `visible_ranges`: each token sees itself
+                return attention(q_BTNH, k_BSKH, v_BSKH, inputs.ranges, self.attention_implementation, **promises), None
 
             attention_block = lambda x_BTD: module.attention_block(x_BTD, inputs.rotation, attend, between)[0]
             attention_block = recompute(attention_block) if self.remat == "attention" else attention_block

@@ -2,7 +2,7 @@
 (section 3.3.2 of the paper).
 
 A leaf's placement is its PartitionSpec: the dim that names the FSDP axes is the one gathered and scattered. Stacks of layers are exchanged one
-layer at a time, and other leaves in parts: XLA transposes what it gathers or scatters along a dim that is not the first, and a whole stack of
+layer at a time, and other large leaves in parts: XLA transposes what it gathers or scatters along a dim that is not the first, and a whole stack of
 the feed-forward is a quarter of all memory.
 """
 
@@ -18,7 +18,8 @@ from herd_jax.mesh import FSDP_AXES
 from herd_jax.parallel import collectives
 
 GATHER = ("step", "layer")  # how often weights are gathered
-_PARTS = 16  # of a leaf that is no stack, at most
+_LARGE = 2**29  # bytes of a leaf above which it is exchanged in parts
+_PARTS = 16  # of such a leaf, at most
 
 
 def gather_weights(shards, specs, dtype):
@@ -55,7 +56,8 @@ def _in_parts(exchange: Callable, tree, specs):
         if spec and spec[0] == "pp":
             stacks[len(leaf)].append(i)
         else:
-            found[i] = exchange(leaf, spec) if _fsdp_dim(spec) in (None, 0) else _part_by_part(exchange, leaf, spec)
+            whole = leaf.nbytes * collectives.axis_size(FSDP_AXES)
+            found[i] = exchange(leaf, spec) if _fsdp_dim(spec) in (None, 0) or whole < _LARGE else _part_by_part(exchange, leaf, spec)
     for group in stacks.values():
         found |= zip(group, _one_by_one(exchange, [leaves[i] for i in group], [specs[i] for i in group]))
     return structure.unflatten([found[i] for i in range(len(leaves))])

@@ -145,18 +145,25 @@ def value_and_gradient(
         if schedule.latency == 2:
             arriving = exchange_with_neighbours(result_BTD)
 
-        x_BTD = when(do["embed"], lambda _: first(m), activations[do["activation"]])
-        y_BTD, store = run.layers.forward(store, residual, x_BTD, micro_batch, at, do["forward_count"])
-
-        dy_BTD, d_ends, sums = when(do["head"], lambda carry: head(m, carry), (cotangents[do["cotangent"]], d_ends, sums))
+        scope = jax.named_scope  # as profiles show them
+        with scope("embed"):
+            x_BTD = when(do["embed"], lambda _: first(m), activations[do["activation"]])
+        with scope("forward"):
+            y_BTD, store = run.layers.forward(store, residual, x_BTD, micro_batch, at, do["forward_count"])
+        with scope("head"):
+            dy_BTD, d_ends, sums = when(do["head"], lambda carry: head(m, carry), (cotangents[do["cotangent"]], d_ends, sums))
+        split = (store, residual, kept, do["kept"])
         if table.splits_backward:
-            split = (store, residual, kept, do["kept"])
-            span = (micro_batch, at, do["weight_first"], do["weight_count"])
-            d_layers = run.layers.backward_weight(*split, run.x_BTD, *span, d_layers)
-        dy_BTD, d_layers = run.layers.backward(store, residual, dy_BTD, micro_batch, at, do["full_first"], do["full_count"], d_layers)
+            with scope("backward_weight"):
+                span = (micro_batch, at, do["weight_first"], do["weight_count"])
+                d_layers = run.layers.backward_weight(*split, run.x_BTD, *span, d_layers)
+        with scope("backward"):
+            dy_BTD, d_layers = run.layers.backward(store, residual, dy_BTD, micro_batch, at, do["full_first"], do["full_count"], d_layers)
         if table.splits_backward:
-            dy_BTD, kept = run.layers.backward_input(*split, dy_BTD, micro_batch, at, do["input_first"], do["input_count"])
-        d_ends = when(do["embed_backward"], lambda d_ends: embed_backward(m, dy_BTD, d_ends), d_ends)
+            with scope("backward_input"):
+                dy_BTD, kept = run.layers.backward_input(*split, dy_BTD, micro_batch, at, do["input_first"], do["input_count"])
+        with scope("embed_backward"):
+            d_ends = when(do["embed_backward"], lambda d_ends: embed_backward(m, dy_BTD, d_ends), d_ends)
 
         result_BTD = jnp.where(do["forward"] == 1, y_BTD, dy_BTD)
         cotangents = _receive(cotangents, do["result"], result_BTD)
@@ -218,7 +225,7 @@ def _my_rows(table: Table):
 def _receive(buffer, slot, value):
     """Returns `buffer` with `value` in `slot`, or as it is where slot is -1."""
     at = jnp.maximum(slot, 0)
-    return buffer.at[at].set(jnp.where(slot >= 0, value, buffer[at]))
+    return lax.dynamic_update_index_in_dim(buffer, jnp.where(slot >= 0, value, buffer[at]), at, 0)
 
 
 def pick(ends: dict, keys: tuple[str, ...]) -> dict:

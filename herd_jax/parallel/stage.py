@@ -147,7 +147,10 @@ class Layers:
         return loop(count, body, gradients)
 
     def _add(self, gradients, index, dw) -> PyTree:
-        return jax.tree.map(lambda total, dw: total.at[index].add(dw.astype(total.dtype)), gradients, self.finish(dw))
+        def add(total, dw):
+            return _update(total, index, lax.dynamic_index_in_dim(total, index, keepdims=False) + dw.astype(total.dtype))
+
+        return jax.tree.map(add, gradients, self.finish(dw))
 
 
 @jax.tree_util.register_dataclass
@@ -164,14 +167,19 @@ class Store:
 
     @classmethod
     def empty(cls, shapes, num_slots: int, num_layers: int) -> "Store":
-        return cls([jnp.zeros((max(2, num_slots * num_layers), *leaf.shape), leaf.dtype) for leaf in shapes], num_layers)
+        return cls([lax.empty((max(2, num_slots * num_layers), *leaf.shape), leaf.dtype) for leaf in shapes], num_layers)
 
     def read(self, slot, layer) -> list[jax.Array]:
         return [rows[slot * self.num_layers + layer] for rows in self.rows]
 
     def write(self, slot, layer, values: list[jax.Array]) -> "Store":
         index = slot * self.num_layers + layer
-        return Store([rows.at[index].set(value) for rows, value in zip(self.rows, values, strict=True)], self.num_layers)
+        return Store([_update(rows, index, value) for rows, value in zip(self.rows, values, strict=True)], self.num_layers)
+
+
+def _update(rows: jax.Array, index, value: jax.Array) -> jax.Array:
+    """Returns `rows` with `value` at an index that is within them. `.at[].set` asks whether it is, so it reads and selects as well."""
+    return lax.dynamic_update_index_in_dim(rows, value, index, 0)
 
 
 def loop(count, body, carry):

@@ -15,7 +15,7 @@ from herd_jax.planning import costs
 from herd_jax.planning.job import Job
 from herd_jax.planning.simulator import Costs, simulate
 
-_COLUMNS = {
+COLUMN_OF = {
     "forward": "forward_count", "backward": "full_count", "backward_input": "input_count", "backward_weight": "weight_count",
     "embed": "embed", "embed_backward": "embed_backward", "head": "head",
 }  # operation -> the column of the table that counts it  # fmt: skip
@@ -122,4 +122,4 @@ def _num_done(job: Job) -> dict[str, float]:
         layers = dict.fromkeys(("forward", "backward"), job.num_micro_batches * job.model.num_layers)
         ends = dict.fromkeys(("embed", "embed_backward", "head"), job.num_micro_batches)
         return {"backward_input": 0, "backward_weight": 0, **layers, **ends}
-    return {name: float(job.table.column(column).sum()) / job.pp for name, column in _COLUMNS.items()}
+    return {name: float(job.table.column(column).sum()) / job.pp for name, column in COLUMN_OF.items()}

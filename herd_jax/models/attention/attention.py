@@ -27,6 +27,7 @@ def attention(
     implementation: str,
     *,
     causal_rows: bool = False,
+    all_see: bool = False,
 ) -> jax.Array:
     """Computes softmax attention with grouped query heads (section 3.2 of the paper) for one device's share of a micro-batch.
 
@@ -39,6 +40,7 @@ def attention(
         implementation: what `choose` returned.
         causal_rows: a promise that query t sits at index t of the row (no context parallelism) and that each first range is
             empty or ends at t + 1, which lets `tokamax` leave out the tiles above the diagonal in its backward pass.
+        all_see: a promise that each query sees a key, which saves `tokamax` a second output and a mask of its size.
 
     Returns:
         o_BTNH in the dtype of q; scores and softmax are FP32, scaled by 1 / sqrt(H).
@@ -49,7 +51,7 @@ def attention(
         case "blockwise":
             return blockwise_attention(q_BTNH, tuple((k_BSKH, v_BSKH, start_BT, end_BT) for start_BT, end_BT in ranges))
         case "tokamax":
-            return tokamax_attention(q_BTNH, k_BSKH, v_BSKH, ranges, causal_rows=causal_rows)
+            return tokamax_attention(q_BTNH, k_BSKH, v_BSKH, ranges, causal_rows=causal_rows, all_see=all_see)
         case "cudnn":
             return cudnn_attention(q_BTNH, k_BSKH, v_BSKH)
     raise AssertionError(f"not an implementation: {implementation!r}")

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from herd_jax.models.attention.ranges import Ranges, sees_something, visible
 
 
-def tokamax_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges, *, causal_rows: bool) -> jax.Array:
+def tokamax_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges, *, causal_rows: bool, all_see: bool
+) -> jax.Array:
     """Computes flash attention by tokamax over the keys that the ranges let each query see; see `attention.attention` for the contract.
 
     The public function of tokamax takes a dense mask only; its op layer takes one range, in a `Mask`. The forward kernels skip
@@ -32,6 +34,8 @@ def tokamax_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, r
     else:
         mask = Mask(k_start=start_BT[:, None], k_end=end_BT[:, None])
     o_BTNH = _flash_kernel(q_BTNH.dtype)(q_BTNH, k_BSKH, v_BSKH, mask=mask)
+    if all_see:
+        return o_BTNH
     # Not every kernel gives 0 to a query that sees nothing; its cotangent becomes 0 here too, and with it its gradients.
     return jnp.where(sees_BT[:, :, None, None], o_BTNH, 0)
 
