@@ -1,7 +1,7 @@
 """What a compiled step would take on a GPU: its kernels at stated shares of the card's rates, its collectives beside them as they were scheduled.
 
-Two streams go through the scheduled program, one of kernels and one of messages. A message that is started waits for those before it, and what its
-`done` waits for is not hidden. All figures are estimates; what runs, in which order and how often is what XLA compiled.
+Three streams go through the scheduled program: of kernels, of messages, and of copies that XLA made asynchronous. What is started waits for those
+before it in its stream, and what its `done` waits for is not hidden. All figures are estimates; what runs, in which order and how often is what XLA compiled.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Estimate:
         return self._known[computation]
 
     def _simulate(self, computation: str) -> Totals:
-        totals, now, link_free, ends = Totals(), 0.0, 0.0, {}
+        totals, now, link_free, copies_free, ends = Totals(), 0.0, 0.0, 0.0, {}
         for each in self._module.computations[computation]:
             collective = self._collective(each)
             if collective and not each.op.endswith(("-done", "-update")):
@@ -71,6 +71,9 @@ class Estimate:
                 ends[each.name] = link_free, collective
                 if not each.op.endswith("-start") or '"is_sync":true' in each.attributes:
                     now = self._wait(totals, now, ends[each.name])
+            elif each.op in ("fusion-start", "copy-start"):
+                copies_free = max(now, copies_free) + self._kernel(totals, each, self._module.cost(computation, each))
+                ends[each.name] = copies_free, "copy"
             elif each.op.endswith("-done") and each.operands[0] in ends:
                 now = self._wait(totals, now, ends[each.operands[0]])
             elif each.op == "while":
@@ -86,7 +89,7 @@ class Estimate:
                 now += longest.seconds
             else:
                 now += self._kernel(totals, each, self._module.cost(computation, each))
-        totals.seconds = max(now, link_free)
+        totals.seconds = max(now, link_free, copies_free)
         return totals
 
     def _wait(self, totals: Totals, now: float, end: tuple[float, str]) -> float:
@@ -100,7 +103,7 @@ class Estimate:
         share = SHARES["gemm"]
         if cost.kind == "attention":
             share = SHARES["attention"] if "transpose" not in each.op_name else SHARES["attention backward"]
-        kind = cost.kind.split()[0]
+        kind = "asynchronous copy" if each.op.endswith("-start") else cost.kind.split()[0]
         peak = self._hardware.peak_flops * (2 if "f8" in cost.kind.split(" to ")[0] else 1)
         moving = cost.bytes / (self._hardware.memory_bandwidth * SHARES["memory"])
         seconds = max(cost.flops / (peak * share), moving, LAUNCH)

@@ -11,7 +11,8 @@ _BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16}  # of types whose 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
-_VIEWS = frozenset({"bitcast", "reshape", "copy", "convert", "transpose"})
+_VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
+_ELEMENTWISE = _VIEWS | set("add subtract multiply divide maximum minimum exponential log negate select compare and or clamp rsqrt tanh logistic".split())
 _MOVES = _VIEWS | {"slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast", "constant", "parameter", "tuple", "pad", "iota"}
 _MOVES |= {"get-tuple-element", "reverse", "gather", "clamp"}
 
@@ -187,10 +188,10 @@ class Module:
         def read(operand: str, whole: float, depth: int = 0) -> float:
             most = 0.0
             for user in users[operand]:
-                if user.op in _VIEWS and depth < 8 and not user.is_root:
-                    size = read(user.name, whole, depth + 1)
-                elif user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == operand:
+                if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == operand:
                     size = num_bytes(user.shape)
+                elif user.op in _ELEMENTWISE and depth < 16 and not user.is_root:
+                    size = read(user.name, whole, depth + 1)
                 elif user.op == "dynamic-update-slice" and user.operands[0] == operand:
                     size = 0.0
                 else:

@@ -30,10 +30,6 @@ _EVERY_GPU = (
     Flag("xla_disable_hlo_passes", "rematerialization", "what the backward recomputes is train.remat's choice: the pass adds matmuls and saves nothing"),
     Flag("xla_gpu_enable_triton_gemm", "false", "matmuls by cuBLAS: fast on the large shapes of a Llama, and no search for Triton tiles"),
     Flag("xla_gpu_enable_while_loop_double_buffering", "true", "no copies in the loop over ticks; lets gathers cross it"),
-    Flag("xla_gpu_enable_pipelined_all_gather", "true", "the gather of the next layer runs during this one (train.gather=layer)"),
-    Flag("xla_gpu_enable_pipelined_reduce_scatter", "true", "the same for the reduce-scatter of its gradient"),
-    Flag("xla_gpu_all_gather_combine_threshold_bytes", str(_GIB), "few large gathers: the network's rate, not its latency"),
-    Flag("xla_gpu_reduce_scatter_combine_threshold_bytes", str(_GIB), "the same for gradients"),
     Flag("xla_gpu_all_reduce_combine_threshold_bytes", str(_GIB // 4), "the same for the embedding's gradient over pp"),
     Flag("NCCL_NVLS_ENABLE", "0", "leaves to the model the GPU memory that NCCL's NVLink multicast buffers take"),
 )

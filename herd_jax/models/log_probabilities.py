@@ -14,7 +14,7 @@ from jax import lax
 from herd_jax.models.products import gradient_of_matrix, multiply
 from herd_jax.parallel import collectives, tensor
 
-CHUNK_TOKENS = 1024  # enough to keep the matmuls and the running gradient of the weights efficient
+CHUNK_TOKENS = 2048  # enough that the running gradient of the weights, read and written for each chunk, costs less than its matmul
 
 
 class Predictions(NamedTuple):

@@ -30,7 +30,7 @@ def gather_weights(shards, specs, dtype):
         shard = shard.astype(dtype)
         return shard if dim is None else collectives.all_gather(shard, FSDP_AXES, dim)
 
-    return _in_parts(gather, shards, specs)
+    return _in_parts(gather, shards, specs, jnp.dtype(dtype).itemsize * collectives.axis_size(FSDP_AXES))
 
 
 def reduce_gradients(gradients, specs):
@@ -42,11 +42,12 @@ def reduce_gradients(gradients, specs):
             gradient = collectives.all_reduce(gradient, "tp")
         return collectives.all_reduce(gradient, FSDP_AXES) if dim is None else collectives.reduce_scatter(gradient, FSDP_AXES, dim)
 
-    return _in_parts(reduce, gradients, specs)
+    return _in_parts(reduce, gradients, specs, jnp.dtype(jnp.float32).itemsize)
 
 
-def _in_parts(exchange: Callable, tree, specs):
-    """Returns exchange(leaf, spec) of each leaf; all layers of a stack, and all parts of a leaf, go one after another through one program."""
+def _in_parts(exchange: Callable, tree, specs, value_bytes: int):
+    """Returns exchange(leaf, spec) of each leaf; all layers of a stack, and all parts of a large leaf, go one after another through one program.
+    `value_bytes`: what a value of a leaf comes to, whole over FSDP."""
     if collectives.axis_size(FSDP_AXES) == 1:
         return jax.tree.map(exchange, tree, specs)
     leaves, structure = jax.tree.flatten(tree)
@@ -56,8 +57,8 @@ def _in_parts(exchange: Callable, tree, specs):
         if spec and spec[0] == "pp":
             stacks[len(leaf)].append(i)
         else:
-            whole = leaf.nbytes * collectives.axis_size(FSDP_AXES)
-            found[i] = exchange(leaf, spec) if _fsdp_dim(spec) in (None, 0) or whole < _LARGE else _part_by_part(exchange, leaf, spec)
+            at_once = _fsdp_dim(spec) in (None, 0) or leaf.size * value_bytes < _LARGE
+            found[i] = exchange(leaf, spec) if at_once else _part_by_part(exchange, leaf, spec)
     for group in stacks.values():
         found |= zip(group, _one_by_one(exchange, [leaves[i] for i in group], [specs[i] for i in group]))
     return structure.unflatten([found[i] for i in range(len(leaves))])

@@ -53,6 +53,7 @@ class Exchange:
     finish_ends: Callable[[dict], dict] = lambda gradient: gradient
     fetch_layer: Callable[[PyTree], PyTree] = lambda weights: weights
     finish_layer: Callable[[PyTree], PyTree] = lambda gradient: gradient
+    ahead: bool = False  # those of layers communicate
 
 
 def evaluate(program: Program, ends: dict, layers: PyTree, micro_batches: PyTree, schedule: Schedule, exchange: Exchange) -> PyTree:
@@ -123,6 +124,9 @@ def value_and_gradient(
 
     if schedule.num_ranks == 1:
         num_layers = program.layers_per_stage[0]
+        if schedule.num_micro_batches == 1 and all(len(leaf) == num_layers for leaf in jax.tree.leaves(layers)):
+            run.layers = dataclasses.replace(run.layers, adds=False)
+            d_layers = jax.tree.map(lambda w: lax.empty(w.shape, jnp.float32), layers)
 
         def whole(m, carry):
             store, d_ends, d_layers, sums = carry
@@ -206,7 +210,7 @@ class _Execution:
         one_layer = jax.eval_shape(lambda: exchange.fetch_layer(jax.tree.map(lambda w: w[0], layers)))
         micro_batch = jax.eval_shape(lambda: self.micro_batch(0))
         vjp = LayerVjp.trace(program.layer, one_layer, x, micro_batch) if keep_residuals else LayerVjp(program.layer, None, (), ())
-        self.layers = Layers(vjp, layers, exchange.fetch_layer, exchange.finish_layer)
+        self.layers = Layers(vjp, layers, exchange.fetch_layer, exchange.finish_layer, exchange.ahead)
 
     def fetch(self, keys: tuple[str, ...]) -> dict:
         return self.exchange.fetch_ends(pick(self.ends, keys))

@@ -13,6 +13,7 @@ from jax.extend import core
 
 PyTree = Any
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}  # name -> its jaxpr
+_HAND_THROUGH = (*_CALLS, "remat_opt", "custom_vmap_call", "custom_jvp_call", "custom_vjp_call")  # whose body's outputs are theirs
 _COLLECTIVES = ("all_gather", "reduce_scatter", "psum", "psum_invariant", "ppermute", "all_to_all", "pmax", "all_gather_invariant")
 _MOVES = ("all_gather", "reshape", "transpose", "convert_element_type", "broadcast_in_dim", "squeeze", "copy")
 
@@ -120,6 +121,23 @@ def _evaluate(jaxpr: core.Jaxpr, eqns, env: dict) -> None:
             alone = jaxpr.replace(constvars=[], invars=names, outvars=outputs, eqns=[eqn])
             results = core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*(env[name] for name in names))
             env.update(zip(outputs, results, strict=True))
+
+
+def origins(jaxpr: core.Jaxpr) -> list:
+    """Returns the variable that each output is: the same for outputs of a call that are one variable in it, or that the call hands through."""
+    producer = {var: (eqn, index) for eqn in jaxpr.eqns for index, var in enumerate(eqn.outvars)}
+
+    def origin(var):
+        eqn, index = producer.get(var, (None, 0)) if isinstance(var, core.Var) else (None, 0)
+        body = next((body for body in core.jaxprs_in_params(eqn.params)), None) if eqn and eqn.primitive.name in _HAND_THROUGH else None
+        if body is None or len(body.outvars) != len(eqn.outvars) or len(body.invars) != len(eqn.invars):
+            return var if isinstance(var, core.Var) else id(var)
+        inner = origins(body)
+        if inner[index] in body.invars:
+            return origin(eqn.invars[body.invars.index(inner[index])])
+        return eqn.outvars[inner.index(inner[index])]
+
+    return [origin(var) for var in jaxpr.outvars]
 
 
 def _read(env: dict, var):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from herd_jax.parallel.split_backward import SplitBackward
+from herd_jax.parallel.split_backward import SplitBackward, origins
 
 PyTree = Any
 LayerFunction = Callable[[PyTree, jax.Array, PyTree], jax.Array]  # (weights, x_BTD, micro-batch) -> x_BTD
@@ -34,22 +34,21 @@ class LayerVjp:
         """Traces `layer` on arrays, or shapes, of one layer."""
         found = {}
 
-        def probe(weights, x_BTD, micro_batch):
+        def probe(weights, micro_batch, x_BTD):
             _, vjp = jax.vjp(lambda w, x: layer(w, x, micro_batch), weights, x_BTD)
             leaves, found["tree"] = jax.tree.flatten(vjp)
-            known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, micro_batch)))}
-            kept, sources = {}, []
-            for leaf in leaves:
-                if id(leaf) in known:
-                    sources.append(("known", known[id(leaf)]))
-                else:  # one array may be the residual of several operations: store it once
-                    kept.setdefault(id(leaf), (len(kept), leaf))
-                    sources.append(("stored", kept[id(leaf)][0]))
-            found["sources"] = tuple(sources)
-            return tuple(leaf for _, leaf in kept.values())
+            return leaves
 
-        stored = jax.eval_shape(probe, weights, x_BTD, micro_batch)
-        return cls(layer, found["tree"], found["sources"], stored)
+        jaxpr = jax.make_jaxpr(probe)(weights, micro_batch, x_BTD).jaxpr
+        known = {var: i for i, var in enumerate(jaxpr.invars[: len(jax.tree.leaves((weights, micro_batch)))])}
+        kept, sources = {}, []
+        for var, origin in zip(jaxpr.outvars, origins(jaxpr), strict=True):
+            if origin in known:
+                sources.append(("known", known[origin]))
+            else:  # one array may be the residual of several operations: store it once
+                kept.setdefault(origin, (len(kept), jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)))
+                sources.append(("stored", kept[origin][0]))
+        return cls(layer, found["tree"], tuple(sources), tuple(shape for _, shape in kept.values()))
 
     def forward(self, weights: PyTree, x_BTD: jax.Array, micro_batch: PyTree) -> tuple[jax.Array, list[jax.Array]]:
         """Returns the layer's output and the residuals to store."""
@@ -79,6 +78,8 @@ class Layers:
     weights: PyTree  # leaves [layer slots of the rank, ...]
     fetch: Callable[[PyTree], PyTree]  # one layer's leaves -> the weights to compute with
     finish: Callable[[PyTree], PyTree]  # one layer's gradient -> what is accumulated, shaped as `weights`
+    ahead: bool = False  # `fetch` and `finish` communicate: they are to run beside the layers before and behind
+    adds: bool = True  # gradients are added to those of micro-batches before; else there are none, and they are written
 
     def weights_of(self, index) -> PyTree:
         return self.fetch(jax.tree.map(lambda w: w[index], self.weights))
@@ -101,54 +102,73 @@ class Layers:
 
     def apply(self, x_BTD, micro_batch, at, count) -> jax.Array:
         """Runs the layers in `count` slots from `at`, and keeps no residuals."""
-        return loop(count, lambda i, x: self.vjp.layer(self.weights_of(at + i), x, micro_batch), x_BTD)
+        return self._each(count, lambda i: at + i, lambda i, weights, x_BTD: self.vjp.layer(weights, x_BTD, micro_batch), x_BTD)
 
     def forward(self, store, slot, x_BTD, micro_batch, at, count) -> tuple[jax.Array, "Store"]:
         """Runs the layers as `apply` does, and writes the residuals to `slot` of `store`."""
 
-        def body(i, carry):
+        def body(i, weights, carry):
             x_BTD, store = carry
-            x_BTD, residuals = self.vjp.forward(self.weights_of(at + i), x_BTD, micro_batch)
+            x_BTD, residuals = self.vjp.forward(weights, x_BTD, micro_batch)
             return x_BTD, store.write(slot, i, residuals)
 
-        return loop(count, body, (x_BTD, store))
+        return self._each(count, lambda i: at + i, body, (x_BTD, store))
 
     def backward(self, store, slot, dy_BTD, micro_batch, at, first, count, gradients) -> tuple[jax.Array, PyTree]:
         """Runs layers first + count - 1 .. first, of the chunk whose slots begin at `at`, backward. Returns the cotangent of the first one's
         input, and `gradients` (FP32, shaped as `weights`) with these layers' added."""
+        late = self.ahead and isinstance(count, int)  # a layer's gradient is finished during the next one's backward
+        index = lambda i: at + first + count - 1 - i
 
-        def body(i, carry):
-            dy_BTD, gradients = carry
-            i = first + count - 1 - i
-            dw, dx_BTD = self.vjp.backward(self.weights_of(at + i), store.read(slot, i), micro_batch, dy_BTD)
-            return dx_BTD, self._add(gradients, at + i, dw)
+        def body(i, weights, carry):
+            dy_BTD, gradients, before = carry
+            if late:
+                gradients = self._add(gradients, index(jnp.maximum(i - 1, 0)), before)
+            dw, dx_BTD = self.vjp.backward(weights, store.read(slot, first + count - 1 - i), micro_batch, dy_BTD)
+            return (dx_BTD, gradients, dw) if late else (dx_BTD, self._add(gradients, index(i), dw), None)
 
-        return loop(count, body, (dy_BTD, gradients))
+        before = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), jax.eval_shape(self.weights_of, 0)) if late else None
+        dx_BTD, gradients, dw = self._each(count, index, body, (dy_BTD, gradients, before))
+        return dx_BTD, self._add(gradients, index(count - 1), dw) if late else gradients
 
     def backward_input(self, store, slot, kept, kept_slot, dy_BTD, micro_batch, at, first, count) -> tuple[jax.Array, "Store"]:
         """Does what `backward` does, without the gradients: what they need is written to `kept_slot` of `kept`."""
 
-        def body(i, carry):
+        def body(i, weights, carry):
             dy_BTD, kept = carry
-            i = count - 1 - i
-            split = self.vjp.split(self.weights_of(at + first + i), store.read(slot, first + i), micro_batch, dy_BTD)
+            layer = count - 1 - i
+            split = self.vjp.split(weights, store.read(slot, first + layer), micro_batch, dy_BTD)
             dx_BTD, values = split.input_part(dy_BTD)
-            return dx_BTD, kept.write(kept_slot, i, values)
+            return dx_BTD, kept.write(kept_slot, layer, values)
 
-        return loop(count, body, (dy_BTD, kept))
+        return self._each(count, lambda i: at + first + count - 1 - i, body, (dy_BTD, kept))
 
     def backward_weight(self, store, slot, kept, kept_slot, x_BTD, micro_batch, at, first, count, gradients) -> PyTree:
         """Returns `gradients` with those added that `backward_input` left out; of `x_BTD` only the shape counts."""
 
-        def body(i, gradients):
-            split = self.vjp.split(self.weights_of(at + first + i), store.read(slot, first + i), micro_batch, x_BTD)
+        def body(i, weights, gradients):
+            split = self.vjp.split(weights, store.read(slot, first + i), micro_batch, x_BTD)
             return self._add(gradients, at + first + i, split.weight_part(kept.read(kept_slot, i)))
 
-        return loop(count, body, gradients)
+        return self._each(count, lambda i: at + first + i, body, gradients)
+
+    def _each(self, count, index: Callable, body: Callable, carry):
+        """Runs body(i, weights of layer slot index(i), carry) for i from 0 to count - 1. Where weights are gathered, those of the next round are
+        gathered during this one; a traced count may be 0, for which nothing is gathered ahead."""
+        if not (self.ahead and isinstance(count, int) and count):
+            return loop(count, lambda i, carry: body(i, self.weights_of(index(i)), carry), carry)
+
+        def with_next(i, carry):
+            carry, weights = carry
+            following = self.weights_of(index(jnp.minimum(i + 1, count - 1)))
+            return body(i, weights, carry), following
+
+        return loop(count, with_next, (carry, self.weights_of(index(0))))[0]
 
     def _add(self, gradients, index, dw) -> PyTree:
         def add(total, dw):
-            return _update(total, index, lax.dynamic_index_in_dim(total, index, keepdims=False) + dw.astype(total.dtype))
+            before = lax.dynamic_index_in_dim(total, index, keepdims=False) if self.adds else 0
+            return _update(total, index, before + dw.astype(total.dtype))
 
         return jax.tree.map(add, gradients, self.finish(dw))
 

@@ -151,4 +151,5 @@ class Steps:
             finish_ends=lambda gradient: data.reduce_gradients(gradient, ends_specs(gradient)),
             fetch_layer=lambda weights: fetch(layer_specs, weights),
             finish_layer=lambda gradient: data.reduce_gradients(gradient, layer_specs),
+            ahead=self.layout.mesh.shape["dp"] * self.layout.mesh.shape["cp"] > 1,
         )

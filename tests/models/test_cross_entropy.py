@@ -138,8 +138,8 @@ def test_bf16(tp):
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_logits_of_all_tokens_never_exist(with_gradient):
-    """8,192 tokens of the Llama 3 vocabulary: FP32 logits would take 4.2 GB; there are a few chunks and the weights' gradient."""
-    num_tokens, dim, vocab_size = 8192, 16, 128_256
+    """16,384 tokens of the Llama 3 vocabulary: FP32 logits would take 8.4 GB; there are a few chunks and the weights' gradient."""
+    num_tokens, dim, vocab_size = 16384, 16, 128_256
     function = value_and_gradients(1, vocab_size)
     if not with_gradient:
         mesh = make_mesh(MeshConfig(dp=1), jax.devices()[:1])
