@@ -164,6 +164,8 @@ def _ancestors(variables, producer: dict) -> set[int]:
 
 
 def is_dear(eqn) -> bool:
-    """Returns whether an equation is dear: a matrix product, communication, a loop, a kernel or a call to the host."""
-    has_body = any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in jax.tree.leaves(tuple(eqn.params.values())))
-    return eqn.primitive.name in ("dot_general", "pallas_call", "ffi_call", "pure_callback", *_COLLECTIVES) or has_body
+    """Returns whether an equation is dear: a matrix product, communication, a loop, a kernel or a call to the host, or calls one that is."""
+    bodies = list(core.jaxprs_in_params(eqn.params))
+    if eqn.primitive.name in _HAND_THROUGH:
+        return any(is_dear(inner) for body in bodies for inner in body.eqns)
+    return eqn.primitive.name in ("dot_general", "pallas_call", "ffi_call", "pure_callback", *_COLLECTIVES) or bool(bodies)

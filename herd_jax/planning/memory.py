@@ -29,9 +29,9 @@ def estimate(job: Job) -> dict[str, float]:
     """Returns the bytes of the fullest device by kind, and their "total", at the moment of the step that needs most.
 
     parameters and optimizer: FP32 shards; gathered_weights: in the compute dtype; gradients: FP32 sums over micro-batches; activations: residuals
-    and kept cotangents of the micro-batches in flight; logits: what the head computes with, a chunk at a time, and its gradients; buffers: messages, the batch, and what a
-    layer needs beyond the logits' memory, which both use in turn; update: the sharded sums of the gradients, where they are reduced once a step
-    (AdamW itself works in place).
+    and kept cotangents of the micro-batches in flight; logits: what the head computes with, a chunk at a time, and its gradients; buffers: messages,
+    the batch, and what a layer needs beyond the logits' memory, which both use in turn (with one micro-batch, the layers' gradients use it too: they
+    are first written behind the head); update: the sharded sums of the gradients, where they are reduced once a step (AdamW itself works in place).
     """
     dtype = "float32" if job.hardware.value_bytes == FP32 else "bfloat16"
     itemsize = jnp.dtype(dtype).itemsize
@@ -48,18 +48,26 @@ def estimate(job: Job) -> dict[str, float]:
     copies = itemsize < FP32 or job.dp * job.cp > 1  # else the stored weights are computed with as they are
     tokens = job.micro_batch_size * job.seq_len // job.cp
     columns = math.ceil(job.model.vocab_size / job.tp)
-    gradients_of_head = 2 if tokens > CHUNK_TOKENS else 1  # of the chunk, and of the chunks so far
-    logits = min(tokens, CHUNK_TOKENS) * columns * (2 * FP32 + itemsize) + gradients_of_head * FP32 * job.model.dim * columns
+    # XLA's CPU backend keeps the exponentials beside the logits, and the chunk's gradient beside that of the chunks so far.
+    on_cpu = itemsize == FP32
+    gradients_of_head = 2 if on_cpu and tokens > CHUNK_TOKENS else 1
+    logits = min(tokens, CHUNK_TOKENS) * columns * ((1 + on_cpu) * FP32 + itemsize) + gradients_of_head * FP32 * job.model.dim * columns
     logits += 2 * FP32 * tokens * job.model.dim  # the hidden states, whole over tp, and their gradient
+    ahead = job.gather == "layer" and job.dp * job.cp > 1 and job.pp == 1  # the next layer's weights, the gradient of the one before
+    gradients = FP32 * (whole if job.gather == "step" else sharded + one_layer)
+    in_a_layer = operation.temporaries + 2 * itemsize * one_layer * ahead
+    if job.pp == 1 and job.num_micro_batches == 1:
+        of_layers = gradients - FP32 * (ends if job.gather == "step" else size(declared["ends"], False))
+        gradients, in_a_layer = gradients - of_layers, in_a_layer + of_layers
     memory = {
         "parameters": FP32 * sharded,
         "optimizer": 2 * FP32 * sharded,
         "gathered_weights": itemsize * (whole if job.gather == "step" else one_layer + ends) * copies,
-        "gradients": FP32 * (whole if job.gather == "step" else sharded + one_layer),
+        "gradients": gradients,
         "activations": max(2, slots * max(table.num_residual_slots, 1)) * operation.residuals
         + max(2, table.most_kept_layers * table.num_kept_slots) * (table.splits_backward and job.pp > 1) * operation.kept,
         "logits": logits,
-        "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, operation.temporaries - logits),
+        "buffers": messages * operation.activation + job.num_micro_batches * operation.batch + max(0, in_a_layer - logits),
         "update": FP32 * sharded * (job.gather == "step" and job.dp * job.cp > 1),
     }
     return memory | {"total": sum(memory.values())}

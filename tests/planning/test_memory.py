@@ -50,7 +50,7 @@ def allocated(job: Job) -> int:
 @pytest.mark.parametrize("mesh, pipeline, remat, gather", [pytest.param(*case, marks=[pytest.mark.slow] * (i in (2, 3, 6))) for i, case in enumerate(MESHES)])
 def test_total_is_what_is_allocated(model, seq_len, mesh, pipeline, remat, gather):
     planned = job(model, mesh, pipeline, remat, gather, seq_len)
-    assert 0.92 < memory.estimate(planned)["total"] / allocated(planned) < 1.12
+    assert 0.92 < memory.estimate(planned)["total"] / allocated(planned) < 1.15
 
 
 REAL = [  # (model, mesh, pipeline, remat, gather, seq_len)
