@@ -21,7 +21,7 @@ from herd_jax.curation.classification.labelled import Evaluation, Labelled, eval
 from herd_jax.errors import UserError
 from herd_jax.files import user_path, whole_directory
 from herd_jax.mesh import MeshConfig, make_mesh
-from herd_jax.models.attention.attention import choose
+from herd_jax.models.attention.attention import choose, has_tokamax
 from herd_jax.models.encoder import Encoder, EncoderConfig
 from herd_jax.models.params import Layout
 from herd_jax.text.sentencepiece_training import train_sentencepiece
@@ -172,7 +172,8 @@ def _make_step(encoder: Encoder, optimizer: optax.GradientTransformationExtraArg
 
 
 def _make_encoder(config: EncoderConfig, num_classes: int) -> Encoder:
-    return Encoder.make(config, num_classes, choose("auto", platform=jax.default_backend(), context_parallel=False, document_mask=True))
+    wanted = "auto" if has_tokamax() else "blockwise"  # fast enough for short texts
+    return Encoder.make(config, num_classes, choose(wanted, platform=jax.default_backend(), context_parallel=False, document_mask=True))
 
 
 def _compute_dtype():

@@ -61,7 +61,8 @@ def choose(implementation: str, *, platform: str, context_parallel: bool, docume
     """Returns the implementation to run for the configured one, which may be `auto`.
 
     Args:
-        implementation: one of IMPLEMENTATIONS. `auto` is `tokamax` on a GPU where it is installed, else `blockwise`.
+        implementation: one of IMPLEMENTATIONS. `auto` is `blockwise` on a CPU. On a GPU, where that is many times slower than a kernel (it
+            waits for the host at each block), `auto` is `tokamax` where it is installed, or `cudnn` where that is exact.
         platform: of the devices, `cpu` or `gpu`.
         context_parallel: the cp axis is longer than 1.
         document_mask: documents packed in one row are kept apart.
@@ -69,16 +70,22 @@ def choose(implementation: str, *, platform: str, context_parallel: bool, docume
     Raises:
         UserError: the name is unknown, or the implementation is not there or would ignore a mask.
     """
-    has_tokamax = importlib.util.find_spec("tokamax") is not None
     on_gpu = platform in ("gpu", "cuda")
     match implementation:
+        case "auto" if not on_gpu:
+            return "blockwise"
+        case "auto" if has_tokamax() or not (document_mask or context_parallel):
+            return "tokamax" if has_tokamax() else "cudnn"
         case "auto":
-            return "tokamax" if on_gpu and has_tokamax else "blockwise"
+            raise UserError(
+                "train.attention 'auto' finds no kernel for this GPU: pip install 'herd-jax[gpu]' on Python 3.12 or newer, which brings tokamax, or "
+                "set train.attention=blockwise, which gives the same results many times slower"
+            )
         case "dense" | "blockwise":
             return implementation
         case "tokamax" | "cudnn" if not on_gpu:
             raise UserError(f"train.attention '{implementation}' runs on GPUs only, not on {platform}: choose 'auto' or 'blockwise'")
-        case "tokamax" if not has_tokamax:
+        case "tokamax" if not has_tokamax():
             raise UserError("train.attention 'tokamax' needs the tokamax package: pip install 'herd-jax[gpu]' on Python 3.12 or newer")
         case "cudnn" if context_parallel or document_mask:
             ignored = "the order of the queries that mesh.cp > 1 gives them" if context_parallel else "the document mask"
@@ -86,6 +93,10 @@ def choose(implementation: str, *, platform: str, context_parallel: bool, docume
         case "tokamax" | "cudnn":
             return implementation
     raise UserError(f"train.attention is '{implementation}': it must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def has_tokamax() -> bool:
+    return importlib.util.find_spec("tokamax") is not None
 
 
 def dense_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ranges: Ranges) -> jax.Array:

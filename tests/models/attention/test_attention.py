@@ -319,6 +319,9 @@ def test_choose(monkeypatch):
         with pytest.raises(UserError, match=says):
             chosen(*arguments)
     installed(False)
-    assert chosen("auto", "gpu") == "blockwise"
+    assert chosen("auto", "gpu", document_mask=False) == "cudnn" and chosen("auto") == chosen("blockwise", "gpu") == "blockwise"
+    for masked in ({}, {"document_mask": False, "context_parallel": True}):
+        with pytest.raises(UserError, match="no kernel for this GPU.*train.attention=blockwise"):
+            chosen("auto", "gpu", **masked)
     with pytest.raises(UserError, match=r"pip install 'herd-jax\[gpu\]'"):
         chosen("tokamax", "gpu")
