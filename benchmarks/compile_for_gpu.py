@@ -26,8 +26,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled. `batch`: sequences a step over all devices."""
+    """What is compiled. `part`: "train", a step; "fp8", the FP8 feed-forward of a layer alone, on one device. `batch`: sequences a step over all
+    devices."""
 
+    part: str = "train"
     model: str = "llama3.2-1b"
     tp: int = 1
     cp: int = 1
@@ -50,10 +52,11 @@ class Case:
 CASES = {
     "1B": Case(),
     "1B, batch 4": Case(batch=4),
-    "8B tp 8": Case("llama3-8b", tp=8),
-    "8B dp 8, gather layer": Case("llama3-8b", dp=8, batch=8, gather="layer"),
+    "8B tp 8": Case(model="llama3-8b", tp=8),
+    "8B dp 8, gather layer": Case(model="llama3-8b", dp=8, batch=8, gather="layer"),
     "1B pp 4, 1f1b": Case(pp=4, batch=8, micro_batches=8),
     "1B pp 4, zero_bubble": Case(pp=4, batch=8, micro_batches=8, schedule="zero_bubble"),
+    "8B feed-forward, FP8": Case("fp8", model="llama3-8b"),
 }
 
 
@@ -135,7 +138,7 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
     sizes = MeshConfig(case.tp, case.cp, case.pp, case.dp)
     _show(found := devices(case.hardware, case.tp * case.cp * case.pp * case.dp))
     pipeline = PipelineConfig(case.schedule, case.chunks, overlap=case.overlap)
-    model, lowered = _lower(case, sizes, pipeline, found)
+    model, lowered = (_lower_fp8 if case.part == "fp8" else _lower)(case, sizes, pipeline, found)
     start = time.perf_counter()
     compiled = lowered.compile()
     taken = time.perf_counter() - start
@@ -150,8 +153,11 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
     planned, speed = memory.estimate(job)["total"], throughput.estimate(job)
     totals, seconds = _estimate(text, hardware, case, job, speed)
     flops = speed.flops_per_token * job.tokens_per_step / job.num_devices
+    total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
+    if case.part == "fp8":
+        planned, flops = total, 6 * case.seq_len * model.dim * model.ffn_dim
     return Facts(
-        used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes,
+        total,
         planned,
         totals.gemm_flops / 1e12,
         flops / 1e12,
@@ -202,6 +208,30 @@ def _lower(case: Case, sizes, pipeline, found: list):
     dtype = lambda field: bool if field == "loss_mask" else np.int32
     batch = {field: jax.ShapeDtypeStruct(shape, dtype(field), sharding=steps.batch_sharding) for field in NEXT_TOKEN.fields}
     return config.model.resolve(), steps.train.lower(state, batch)
+
+
+def _lower_fp8(case: Case, sizes, pipeline, found: list):
+    """Returns the model's config and its lowered FP8 feed-forward on `case.seq_len` tokens."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from herd_jax.mesh import make_mesh, on_mesh
+    from herd_jax.models.config import MODELS
+    from herd_jax.models.fp8 import DTYPE, Fp8Matrix
+    from herd_jax.models.llama import Layer
+    from herd_jax.parallel import tensor
+
+    model, mesh, everywhere = MODELS[case.model], make_mesh(sizes, found), PartitionSpec()
+    shape = lambda sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, everywhere))
+    matrix = lambda *sizes: Fp8Matrix(shape((*sizes,), DTYPE), shape(sizes[:-1], jnp.float32), 1200.0)
+
+    def feed_forward(x_BTD, gate_up, down):
+        return Layer.swiglu(gate_up.product(x_BTD), down, tensor.WHOLE_SEQUENCE)
+
+    function = on_mesh(feed_forward, mesh, (everywhere,) * 3, everywhere, jnp.bfloat16)
+    x_BTD = shape((1, case.seq_len, model.dim), jnp.bfloat16)
+    return model, function.lower(x_BTD, matrix(2, model.ffn_dim, model.dim), matrix(model.dim, model.ffn_dim))
 
 
 def _estimate(text: str, hardware, case: Case, job, speed):

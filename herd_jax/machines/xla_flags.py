@@ -2,7 +2,8 @@
 
 Flags come and go with versions of XLA, and XLA aborts the process that names one it does not know. So each is tried first in a process
 that does nothing else (a quarter of a second), and one that is not known there is reported and left out. What XLA_FLAGS and the
-environment already say stays as it is. The choices follow NVIDIA's JAX-Toolbox (GPU performance guide); we have not measured them.
+environment already say stays as it is. What they do to our steps was seen in programs compiled for an H100 (`benchmarks/compile_for_gpu.py`); none
+was measured on a card.
 """
 
 import dataclasses
@@ -26,10 +27,11 @@ class Flag:
 
 
 _EVERY_GPU = (
-    Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "FSDP's gathers start early, its reduce-scatters end late, behind matmuls"),
+    Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "messages start early and end late, beside matmuls"),
     Flag("xla_disable_hlo_passes", "rematerialization", "what the backward recomputes is train.remat's choice: the pass adds matmuls and saves nothing"),
     Flag("xla_gpu_enable_triton_gemm", "false", "matmuls by cuBLAS: fast on the large shapes of a Llama, and no search for Triton tiles"),
-    Flag("xla_gpu_enable_while_loop_double_buffering", "true", "no copies in the loop over ticks; lets gathers cross it"),
+    Flag("xla_gpu_dot_merger_threshold_mb", "0", "the parts of a product that run beside messages stay parts (parallel/ring.py)"),
+    Flag("xla_gpu_enable_while_loop_double_buffering", "true", "no copies in the loop over ticks"),
     Flag("xla_gpu_all_reduce_combine_threshold_bytes", str(_GIB // 4), "the same for the embedding's gradient over pp"),
     Flag("NCCL_NVLS_ENABLE", "0", "leaves to the model the GPU memory that NCCL's NVLink multicast buffers take"),
 )

@@ -21,7 +21,7 @@ from herd_jax.models.attention.attention import attention
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.layers import look_up, recompute, rms_norm
 from herd_jax.models.params import bind, declarations, declare, normal, ones, stacked
-from herd_jax.models.products import project
+from herd_jax.models.products import project_gathered, project_reduced
 from herd_jax.models.rope import frequencies, rotate, rotations
 from herd_jax.parallel import collectives, context, tensor
 from herd_jax.parallel.pipeline import Program
@@ -85,25 +85,25 @@ class Layer(nnx.Module):
         q, k = jnp.split(recompute(rotate)(qk, *rotation), [group], axis=-2)
         q_BTNH, k_BTKH, v_BTKH = q.reshape(*q.shape[:2], -1, q.shape[-1]), k[..., 0, :], v[..., 0, :]
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
-        return x_BTD + between.reduce(recompute(self.project_out)(o_BTNH, self.out[...])), kept
+        return x_BTD + recompute(lambda o, w: self.project_out(o, w, between))(o_BTNH, self.out[...]), kept
 
     def feed_forward_block(self, x_BTD: jax.Array, between: tensor.Between) -> jax.Array:
         weights = self.ffn_norm[...], self.gate_up.get_value()
         gate_up = recompute(lambda x, *w: self.norm_and_project(x, *w, between))(x_BTD, *weights)  # [B, T, 2, F]
-        return x_BTD + between.reduce(recompute(self.swiglu)(gate_up, self.down.get_value()))
+        return x_BTD + recompute(lambda g, w: self.swiglu(g, w, between))(gate_up, self.down.get_value())
 
     def norm_and_project(self, x_BTD, norm_D, weight, between: tensor.Between):
-        return project(between.gather(rms_norm(x_BTD, norm_D, self.config.norm_eps)), weight)
+        return project_gathered(rms_norm(x_BTD, norm_D, self.config.norm_eps), weight, between)
 
     @staticmethod
-    def project_out(o_BTNH, out_KGHD):
+    def project_out(o_BTNH, out_KGHD, between: tensor.Between):
         o_BTE = o_BTNH.reshape(*o_BTNH.shape[:2], -1)
-        return project(o_BTE, out_KGHD.reshape(o_BTE.shape[-1], -1))
+        return project_reduced(o_BTE, out_KGHD.reshape(o_BTE.shape[-1], -1), between)
 
     @staticmethod
-    def swiglu(gate_up_BT2F, down_FD):
+    def swiglu(gate_up_BT2F, down_FD, between: tensor.Between):
         gate_BTF, up_BTF = (half[:, :, 0] for half in jnp.split(gate_up_BT2F, 2, axis=2))
-        return project(jax.nn.silu(gate_BTF) * up_BTF, down_FD)
+        return project_reduced(jax.nn.silu(gate_BTF) * up_BTF, down_FD, between)
 
 
 class Fp8FeedForward(nnx.Module):
@@ -176,7 +176,7 @@ class Llama:
 
     def program(self, layers_per_stage: tuple[int, ...], objective) -> Program:
         """Returns the pipeline's program, whose head computes `objective(hidden_BTD, output_DV, fields of the micro-batch) -> (scalar, sums)`."""
-        between = tensor.SPLIT_SEQUENCE
+        between = tensor.split_sequence()
 
         def embed(ends, batch: MicroBatch):
             return self.embedding(ends)(batch.inputs.tokens_BT, between)

@@ -4,6 +4,8 @@ import jax
 from jax import lax
 
 from herd_jax.models.fp8 import Fp8Matrix
+from herd_jax.parallel import ring
+from herd_jax.parallel.tensor import Between
 
 
 def project(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix) -> jax.Array:
@@ -12,6 +14,21 @@ def project(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix) -> jax.Array:
         return weight.product(x_BTD)
     y_RE = _product(x_BTD.reshape(-1, x_BTD.shape[-1]), weight.reshape(weight.shape[0], -1))
     return y_RE.reshape(*x_BTD.shape[:2], *weight.shape[1:])
+
+
+def project_gathered(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix, between: Between) -> jax.Array:
+    """Does what `project` does with the tokens of all tp ranks, on the way into a block."""
+    if between.overlaps and isinstance(weight, jax.Array) and weight.size // weight.shape[0] >= ring.LEAST_COLUMNS:
+        y_BTE = ring.gather_product(x_BTD, weight.reshape(weight.shape[0], -1))
+        return y_BTE.reshape(*y_BTE.shape[:2], *weight.shape[1:])
+    return project(between.gather(x_BTD), weight)
+
+
+def project_reduced(x_BTE: jax.Array, weight: jax.Array | Fp8Matrix, between: Between) -> jax.Array:
+    """Does what `project` does with this rank's part of the summed dim, and adds up over tp, on the way out of a block."""
+    if between.overlaps and isinstance(weight, jax.Array) and weight.shape[0] >= ring.LEAST_COLUMNS:
+        return ring.product_scatter(x_BTE, weight)
+    return between.reduce(project(x_BTE, weight))
 
 
 @jax.custom_vjp

@@ -29,10 +29,12 @@ def vocabulary_slice(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 class Between(NamedTuple):
-    """What tp ranks do between blocks: `gather` on the way into one, `reduce` of its partial sums on the way out."""
+    """What tp ranks do between blocks: `gather` on the way into one, `reduce` of its partial sums on the way out. `overlaps`: both are taken apart
+    with the product beside them (`parallel/ring.py`)."""
 
     gather: Callable[[jax.Array], jax.Array]
     reduce: Callable[[jax.Array], jax.Array]
+    overlaps: bool = False
 
 
 def _sum_in_fp32(x_BTD: jax.Array) -> jax.Array:
@@ -40,4 +42,14 @@ def _sum_in_fp32(x_BTD: jax.Array) -> jax.Array:
 
 
 SPLIT_SEQUENCE = Between(gather_sequence, scatter_sequence)  # between blocks a rank holds T / tp tokens: training
+OVERLAPPED_SEQUENCE = SPLIT_SEQUENCE._replace(overlaps=True)
 WHOLE_SEQUENCE = Between(lambda x_BTD: x_BTD, _sum_in_fp32)  # it holds all of them, however few: inference
+
+
+def split_sequence() -> Between:
+    """Returns how training does it here: overlapped where GPUs send beside their matmuls.
+
+    Not between pipeline stages: a permutation is one operation of all devices, and stages do not run the same number of layers at a time.
+    """
+    overlaps = collectives.axis_size("tp") > 1 and collectives.axis_size("pp") == 1 and jax.default_backend() == "gpu"
+    return OVERLAPPED_SEQUENCE if overlaps else SPLIT_SEQUENCE

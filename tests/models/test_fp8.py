@@ -18,6 +18,7 @@ from herd_jax.mesh import MeshConfig, make_mesh, on_mesh
 from herd_jax.models import fp8
 from herd_jax.models.fp8 import Fp8Config, Fp8Matrix, fp8_matmul, quantize_rowwise
 from herd_jax.models.llama import Layer
+from herd_jax.parallel import tensor
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 ALL_BF16 = np.arange(65_536, dtype=np.uint16).view(ml_dtypes.bfloat16)
@@ -152,8 +153,8 @@ def test_tensor_parallel_is_one_device(tp):
         mesh = make_mesh(MeshConfig(tp=tp), jax.devices()[:tp])
 
         def function(x_BTD, gate_up, gate_up_scales, down, down_scales):
-            hidden = Layer.swiglu(Fp8Matrix(gate_up, gate_up_scales, 1200.0).product(x_BTD), Fp8Matrix(down, down_scales, 1200.0, "tp"))
-            return jax.lax.psum(hidden, "tp")
+            gate_up = Fp8Matrix(gate_up, gate_up_scales, 1200.0).product(x_BTD)
+            return Layer.swiglu(gate_up, Fp8Matrix(down, down_scales, 1200.0, "tp"), tensor.WHOLE_SEQUENCE)
 
         specs = (PartitionSpec(), PartitionSpec(None, "tp"), PartitionSpec(None, "tp"), PartitionSpec(None, "tp"), PartitionSpec())
         return np.asarray(on_mesh(function, mesh, specs, PartitionSpec(), jnp.float32)(*arguments))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from herd_jax.parallel.split_backward import SplitBackward
+from herd_jax.parallel.split_backward import SplitBackward, origins
 
 
 def names(eqns):
@@ -81,3 +81,19 @@ def test_loops_stay_in_one_part(arrays):
 
     whole, split, _ = parts(looped, weights, x, dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), split, whole)
+
+
+def test_origins_are_what_calls_hand_through():
+    @jax.jit
+    def call(x, y):
+        z = x + y
+        return z, x, z, x * y
+
+    def outer(x, y):
+        first, same_as_x, second, product = call(x, y)
+        return first, second, same_as_x, x, product, jax.jit(lambda a: a)(product), jnp.sin(first)
+
+    jaxpr = jax.make_jaxpr(outer)(1.0, 2.0).jaxpr
+    first, second, same_as_x, x, product, handed, other = origins(jaxpr)
+    assert first == second and same_as_x == x == jaxpr.invars[0] and product == handed
+    assert len({first, x, product, other}) == 4

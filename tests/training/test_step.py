@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from herd_jax.parallel import ring, tensor
 from herd_jax.parallel.schedule import PipelineConfig
 
 MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(m) in (1, 2, 4, 8)]
@@ -223,3 +224,21 @@ def test_no_weight_is_among_the_residuals(rows):
         jax.eval_shape(mapped, state.params, batch)
         assert all(7 in leaf.shape for leaf in stored if leaf.shape), stored
         assert len(stored) <= most, stored
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 1, 2)], ids=name)
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_one_micro_batch_writes_what_several_add_up(mesh, gather, rows, one_device):
+    loss, gradient = tiny.loss_and_gradient(tiny.make_steps(*mesh, gather=gather), rows, 1)
+    assert loss == pytest.approx(one_device[0], rel=1e-5)
+    tiny.assert_close(gradient, one_device[1])
+
+
+@pytest.mark.parametrize("mesh, remat", [((2, 1, 1, 1), "none"), ((4, 1, 1, 2), "layer"), ((2, 2, 1, 2), "attention")])
+def test_products_around_a_ring_give_the_same(mesh, remat, rows, one_device, monkeypatch):
+    """As on GPUs: messages beside the products that they belong to."""
+    monkeypatch.setattr(tensor, "split_sequence", lambda: tensor.OVERLAPPED_SEQUENCE)
+    monkeypatch.setattr(ring, "LEAST_COLUMNS", 1)
+    loss, gradient = tiny.loss_and_gradient(tiny.make_steps(*mesh, remat=remat), rows, 2)
+    assert loss == pytest.approx(one_device[0], rel=1e-5)
+    tiny.assert_close(gradient, one_device[1])
