@@ -19,6 +19,8 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -93,6 +95,9 @@ def main():
         case, hlo = json.loads(args.one)
         print(json.dumps(dataclasses.asdict(compile_case(Case(**case), Path(hlo) if hlo else None))))
         return
+    if not find_spec("jax_plugins") or not find_spec("jax_plugins.xla_cuda13"):
+        jax = version("jax")
+        sys.exit(f"error: XLA's CUDA plug-in is missing: pip install --no-deps jax-cuda13-plugin=={jax} jax-cuda13-pjrt=={jax}")
     given = {field.name: value for field in dataclasses.fields(Case) if (value := getattr(args, field.name)) not in (None, False)}
     flags = {name: given.pop(name) for name in ("xla_flags", "hardware") if name in given}
     cases = {"this": Case(**given)} if given else {name: case for name, case in CASES.items() if not args.only or name in args.only.split(";")}
@@ -150,12 +155,12 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
         case.model, model, hardware, case.tp, case.cp, case.pp, case.dp, case.seq_len, case.batch // case.dp, case.batch // case.dp // case.micro_batches,
         pipeline, case.remat, case.gather,
     )  # fmt: skip
-    planned, speed = memory.estimate(job)["total"], throughput.estimate(job)
-    totals, seconds = _estimate(text, hardware, case, job, speed)
-    flops = speed.flops_per_token * job.tokens_per_step / job.num_devices
+    totals, seconds = _estimate(text, hardware, case, job, speed := throughput.estimate(job))
     total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     if case.part == "fp8":
         planned, flops = total, 6 * case.seq_len * model.dim * model.ffn_dim
+    else:
+        planned, flops = memory.estimate(job)["total"], speed.flops_per_token * job.tokens_per_step / job.num_devices
     return Facts(
         total,
         planned,

@@ -1,0 +1,107 @@
+"""Steps compiled for an H100 on a machine without one: what XLA makes of them. Needs its CUDA plug-in, of the version of the installed jax:
+`pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V`, and tokamax; `pytest -m slow` runs it, two minutes."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from compile_for_gpu import CASES, Case, facts_of  # noqa: E402
+from gpu_estimate import Estimate  # noqa: E402
+from hlo import Module, arrays, num_bytes  # noqa: E402
+
+from herd_jax.machines.hardware import HARDWARE  # noqa: E402
+
+HAS_PLUGIN = importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+needs_plugin = pytest.mark.skipif(
+    not (HAS_PLUGIN and importlib.util.find_spec("tokamax")), reason="XLA's CUDA plug-in or tokamax is not installed"
+)
+UNHIDDEN = {"8B tp 8": 0.22, "8B dp 8, gather layer": 0.05}  # shares of the step, above which something is lost
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_compiled(name):
+    case, facts = CASES[name], facts_of(CASES[name])
+    assert facts.remat_tflop == 0  # XLA recomputes no product on its own
+    assert 0.95 <= facts.compiled_bytes / facts.planned_bytes <= 1.02
+    assert sum(facts.exposed.values()) < UNHIDDEN.get(name, 0.02) * facts.seconds
+    assert sum(facts.copies.values()) < 0.02 * facts.seconds and facts.kernels.get("copy", 0) < 0.06 * facts.seconds
+    assert (facts.host_loops == 0) == (case.pp == 1)
+    if case.part == "fp8":
+        assert facts.fp8_gemms == 2
+    else:
+        assert facts.gemm_tflop < 1.05 * facts.model_tflop
+
+
+@needs_plugin
+@pytest.mark.slow
+def test_the_lower_bounds_of_the_gpu_extra_lower():
+    """A short model through attention's kernel, with whatever versions are installed here."""
+    assert facts_of(Case(layers=2, seq_len=1024)).kernels["attention"] > 0
+
+
+LOOP = """
+HloModule m
+%inside (p: f32[256,256]) -> f32[256,256] {
+  %p = f32[256,256]{1,0} parameter(0)
+  ROOT %e = f32[256,256]{1,0} exponential(%p)
+}
+%body (c: (s32[], f32[256,256])) -> (s32[], f32[256,256]) {
+  %c = (s32[], f32[256,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[256,256]{1,0} get-tuple-element(%c), index=1
+  %s = ((f32[256,256]{1,0}), f32[2048,256]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %y = f32[256,256]{1,0} fusion(%x), kind=kLoop, calls=%inside
+  %d = f32[2048,256]{1,0} all-gather-done(%s)
+  ROOT %r = (s32[], f32[256,256]{1,0}) tuple(%i, %y)
+}
+%fused_compare (q: s32[]) -> pred[] {
+  %q = s32[] parameter(0)
+  %n = s32[] constant(7)
+  ROOT %l = pred[] compare(%q, %n), direction=LT
+}
+%condition (c2: (s32[], f32[256,256])) -> pred[] {
+  %c2 = (s32[], f32[256,256]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%c2), index=0
+  ROOT %f = pred[] fusion(%j), kind=kLoop, calls=%fused_compare
+}
+ENTRY %main (a: f32[256,256]) -> (s32[], f32[256,256]) {
+  %a = f32[256,256]{1,0} parameter(0)
+  %one = s32[] constant(1)
+  %copied = s32[] copy(%one)
+  %t = (s32[], f32[256,256]{1,0}) tuple(%copied, %a)
+  ROOT %w = (s32[], f32[256,256]{1,0}) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_module_is_read():
+    module = Module(LOOP)
+    assert module.entry == "main" and list(module.computations) == ["inside", "body", "fused_compare", "condition", "main"]
+    loop = module.computations["main"][-1]
+    assert loop.op == "while" and loop.is_root and loop.trip_count is None and module.rounds("main", loop) == 6  # from 1 to 7
+    fused = module.computations["body"][4]
+    assert module.cost("body", fused).bytes == 2 * 4 * 256 * 256 and module.cost("body", fused).kind == "memory"
+    assert arrays("(bf16[2,3]{1,0}, /*index=1*/s32[])") == [("bf16", [2, 3]), ("s32", [])] and num_bytes("(bf16[2,3]{1,0}, s32[])") == 16
+
+
+def test_what_a_kernel_does_not_hide_is_counted():
+    h100 = HARDWARE["h100"]
+    totals = Estimate(Module(LOOP), h100, {"tp": 8, "cp": 1, "pp": 1, "dp": 1}, lambda loop: 0.0).totals
+    message = 7 * 4 * 256 * 256 / (450e9 * 0.8) + 10e-6
+    assert totals.messages["all-gather"] == pytest.approx(6 * message) and totals.host_loops == 1
+    assert totals.exposed["all-gather"] == pytest.approx(6 * (message - 4e-6)) and totals.seconds == pytest.approx(6 * message + 4e-6)  # a copy before
+
+
+def test_without_the_plugin_it_says_what_to_install():
+    if HAS_PLUGIN:
+        pytest.skip("the plug-in is installed")
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/compile_for_gpu.py", "--layers", "1"], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install --no-deps jax-cuda13-plugin==" in done.stderr and "Traceback" not in done.stderr
