@@ -31,6 +31,7 @@ _EVERY_GPU = (
     Flag("xla_disable_hlo_passes", "rematerialization", "what the backward recomputes is train.remat's choice: the pass adds matmuls and saves nothing"),
     Flag("xla_gpu_enable_triton_gemm", "false", "matmuls by cuBLAS: fast on the large shapes of a Llama, and no search for Triton tiles"),
     Flag("xla_gpu_dot_merger_threshold_mb", "0", "the parts of a product that run beside messages stay parts (parallel/ring.py)"),
+    Flag("xla_gpu_experimental_parallel_collective_overlap_limit", "2", "both messages of a pipeline's tick travel at a time"),
     Flag("xla_gpu_enable_while_loop_double_buffering", "true", "no copies in the loop over ticks"),
     Flag("xla_gpu_all_reduce_combine_threshold_bytes", str(_GIB // 4), "the same for the embedding's gradient over pp"),
     Flag("NCCL_NVLS_ENABLE", "0", "leaves to the model the GPU memory that NCCL's NVLink multicast buffers take"),

@@ -18,7 +18,7 @@ def project(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix) -> jax.Array:
 
 def project_gathered(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix, between: Between) -> jax.Array:
     """Does what `project` does with the tokens of all tp ranks, on the way into a block."""
-    if between.overlaps and isinstance(weight, jax.Array) and weight.size // weight.shape[0] >= ring.LEAST_COLUMNS:
+    if between.overlaps and isinstance(weight, jax.Array):
         y_BTE = ring.gather_product(x_BTD, weight.reshape(weight.shape[0], -1))
         return y_BTE.reshape(*y_BTE.shape[:2], *weight.shape[1:])
     return project(between.gather(x_BTD), weight)
@@ -26,7 +26,7 @@ def project_gathered(x_BTD: jax.Array, weight: jax.Array | Fp8Matrix, between: B
 
 def project_reduced(x_BTE: jax.Array, weight: jax.Array | Fp8Matrix, between: Between) -> jax.Array:
     """Does what `project` does with this rank's part of the summed dim, and adds up over tp, on the way out of a block."""
-    if between.overlaps and isinstance(weight, jax.Array) and weight.shape[0] >= ring.LEAST_COLUMNS:
+    if between.overlaps and isinstance(weight, jax.Array):
         return ring.product_scatter(x_BTE, weight)
     return between.reduce(project(x_BTE, weight))
 

@@ -1,6 +1,9 @@
 """Products with matrices at the borders of tensor-parallel blocks, where the sequence is gathered or scattered over tp, taken apart into parts of
 the sequence: while one part is multiplied, the next is on its way (Wang et al. 2023, "Overlap communication with dependent computation via
-decomposition"). `parallel/tensor.py` has the same in two steps, as the oracle.
+decomposition"). `parallel/tensor.py` has the same in two steps, as the oracle. Where a product is too small to hide its message, both stay whole, and
+in the backward each message is put beside a product that does not wait for it.
+
+The barriers say which message runs beside which product: XLA's scheduler keeps results together that a barrier joins.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +19,8 @@ LEAST_COLUMNS = 1024  # of a rank, from which on the product of a part takes hal
 @jax.custom_vjp
 def gather_product(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
     """Multiplies the sequence [B, T / tp, D] of all tp ranks by a matrix: returns [B, T, E]."""
+    if w_DE.shape[1] < LEAST_COLUMNS:
+        return _product(collectives.all_gather(x_BTD, "tp", dim=1), w_DE)
     y_BTE = None
     for at, (part_BTE,) in _parts(x_BTD, lambda part_BTD: (_product(part_BTD, w_DE),)):
         y_BTE = _put(y_BTE, part_BTE, at)
@@ -28,7 +33,13 @@ def _gather_product_forward(x_BTD, w_DE):
 
 def _gather_product_backward(residuals, dy_BTE):
     x_BTD, w_DE = residuals
-    return product_scatter(dy_BTE, w_DE.T), _gradient(collectives.all_gather(x_BTD, "tp", dim=1), dy_BTE, w_DE.dtype)
+    x_BTD = collectives.all_gather(x_BTD, "tp", dim=1)
+    if w_DE.shape[1] >= LEAST_COLUMNS:
+        return product_scatter(dy_BTE, w_DE.T), _gradient(x_BTD, dy_BTE, w_DE.dtype)
+    # The gather runs beside one product, the scatter beside the other.
+    x_BTD, dx_BTD = lax.optimization_barrier((x_BTD, _product(dy_BTE, w_DE.T)))
+    dx_BTD, dw_DE = collectives.reduce_scatter(dx_BTD, "tp", dim=1), _gradient(x_BTD, dy_BTE, w_DE.dtype)
+    return lax.optimization_barrier((dx_BTD, dw_DE))
 
 
 gather_product.defvjp(_gather_product_forward, _gather_product_backward)
@@ -37,6 +48,8 @@ gather_product.defvjp(_gather_product_forward, _gather_product_backward)
 @jax.custom_vjp
 def product_scatter(x_BTE: jax.Array, w_ED: jax.Array) -> jax.Array:
     """Multiplies [B, T, E] by this rank's rows of a matrix and adds up over tp: returns this rank's part [B, T / tp, D] of the sum."""
+    if w_ED.shape[0] < LEAST_COLUMNS:
+        return collectives.reduce_scatter(_product(x_BTE, w_ED), "tp", dim=1)
     tp, rank = collectives.axis_size("tp"), lax.axis_index("tp")
     size, total_BTD = x_BTE.shape[1] // tp, None
     for step in range(tp):  # the sum of a rank's part begins at its neighbour and arrives last
@@ -57,6 +70,9 @@ def _product_scatter_forward(x_BTE, w_ED):
 
 def _product_scatter_backward(residuals, dy_BTD):
     x_BTE, w_ED = residuals
+    if w_ED.shape[0] < LEAST_COLUMNS:
+        whole_BTD = collectives.all_gather(dy_BTD, "tp", dim=1)
+        return _product(whole_BTD, w_ED.T), _gradient(x_BTE, whole_BTD, w_ED.dtype)
     dx_BTE, whole_BTD = None, None
     for at, (part_BTE, part_BTD) in _parts(dy_BTD, lambda part_BTD: (_product(part_BTD, w_ED.T), part_BTD)):
         dx_BTE, whole_BTD = _put(dx_BTE, part_BTE, at), _put(whole_BTD, part_BTD, at)

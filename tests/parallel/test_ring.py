@@ -26,9 +26,14 @@ def run(tp, function, specs, *arrays):
     return jax.jit(mapped)(*arrays[:-1], dy)
 
 
+@pytest.fixture(params=[1, 1024], ids=["ring", "few columns"])
+def least_columns(request, monkeypatch):
+    monkeypatch.setattr(ring, "LEAST_COLUMNS", request.param)
+
+
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_gathered_product(tp, dtype, tolerance):
+def test_gathered_product(tp, dtype, tolerance, least_columns):
     keys = jax.random.split(jax.random.key(tp), 3)
     x, w, dy = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [(2, 16, 6), (6, 24), (2, 16, 24)]))
     specs = SEQUENCE, COLUMNS, P(None, None, "tp")
@@ -40,7 +45,7 @@ def test_gathered_product(tp, dtype, tolerance):
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_scattered_product(tp, dtype, tolerance):
+def test_scattered_product(tp, dtype, tolerance, least_columns):
     keys = jax.random.split(jax.random.key(tp), 3)
     x, w, dy = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [(2, 16, 24), (24, 6), (2, 16, 6)]))
     specs = P(None, None, "tp"), ROWS, SEQUENCE
