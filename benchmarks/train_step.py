@@ -109,6 +109,9 @@ def dimensions(model: str) -> dict:
 
 
 def ours(args):
+    from herd_jax.machines.xla_flags import apply_flags
+
+    apply_flags()
     import jax
 
     from herd_jax.data.rows import DataConfig
@@ -147,8 +150,21 @@ def ours(args):
     compiled_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     used_bytes = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     sizes = {"flops_per_token": steps.model.config.flops_per_token(args.seq_len / 2), "compiled_bytes": compiled_bytes, "used_bytes": used_bytes}
-    print(json.dumps({"about": about, **sizes}), flush=True)
+    print(json.dumps({"about": about, **sizes, "estimated_seconds": estimated_seconds(compiled, jax.devices()[0])}), flush=True)
     return step
+
+
+def estimated_seconds(compiled, device) -> float | None:
+    """Returns what `compile_for_gpu.py` would say of this program; None where the device is none of those that it knows."""
+    from gpu_estimate import Estimate
+    from hlo import Module
+
+    from herd_jax.machines.hardware import HARDWARE
+
+    name = next((name for name in HARDWARE if name in device.device_kind.lower()), None)
+    if name is None:
+        return None
+    return Estimate(Module(compiled.as_text()), HARDWARE[name], dict.fromkeys(("tp", "cp", "pp", "dp"), 1), lambda loop: 1.0).totals.seconds
 
 
 def peer(args):

@@ -91,13 +91,15 @@ def make_optimizer(config: OptimizerConfig, declared) -> optax.GradientTransform
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """Does what `optax.scale_by_adam` does, whose state it has, in the memory of the moments: behind the barrier the update is computed from the
-    new ones. Else XLA computes them twice, and keeps copies of the old ones for the second time."""
+    new ones. Else XLA's CPU backend computes them twice, and keeps copies of the old ones for the second time; on a GPU it makes one kernel of all,
+    which reads and writes each array once."""
 
     def update(gradients, state, params=None, *, good=True, **others):
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         mu = keep(optax.tree.update_moment(gradients, state.mu, b1, 1), state.mu)
         nu = keep(optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2), state.nu)
-        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        if jax.default_backend() == "cpu":
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
         count = keep(state.count + 1, state.count)
         corrected = (optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count))
         updates = jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + eps), *corrected)
