@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import MutableMapping
+from importlib import metadata
 from pathlib import Path
 
 _GIB = 2**30
@@ -19,17 +20,20 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag: `name` is one of XLA_FLAGS, or an environment variable where it is in capitals; `purpose` is what it is for."""
+    """A flag: `name` is one of XLA_FLAGS, or an environment variable where it is in capitals; `purpose` is what it is for; `before`: versions of jax
+    from this one on do without it."""
 
     name: str
     value: str
     purpose: str
+    before: str = ""
 
 
 _EVERY_GPU = (
     Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "messages start early and end late, beside matmuls"),
     Flag("xla_disable_hlo_passes", "rematerialization", "what the backward recomputes is train.remat's choice: the pass adds matmuls and saves nothing"),
     Flag("xla_gpu_enable_triton_gemm", "false", "matmuls by cuBLAS: fast on the large shapes of a Llama, and no search for Triton tiles"),
+    Flag("xla_gpu_enable_dynamic_slice_fusion", "false", "else a matmul whose result is stored runs twice, once for the store", before="0.12"),
     Flag("xla_gpu_dot_merger_threshold_mb", "0", "the parts of a product that run beside messages stay parts (parallel/ring.py)"),
     Flag("xla_gpu_experimental_parallel_collective_overlap_limit", "2", "both messages of a pipeline's tick travel at a time"),
     Flag("xla_gpu_enable_while_loop_double_buffering", "true", "no copies in the loop over ticks"),
@@ -61,8 +65,10 @@ def find_gpu() -> str | None:
 
 
 def choose_flags(gpu: str) -> tuple[Flag, ...]:
-    """Returns the flags for a GPU of that name."""
-    return next((flags for name, flags in HARDWARE_FLAGS.items() if name in gpu), _EVERY_GPU)
+    """Returns the flags for a GPU of that name and the installed jax."""
+    numbers = lambda version: [int(part) for part in re.findall(r"\d+", version)[:2]]
+    found = next((flags for name, flags in HARDWARE_FLAGS.items() if name in gpu), _EVERY_GPU)
+    return tuple(flag for flag in found if not flag.before or numbers(metadata.version("jax")) < numbers(flag.before))
 
 
 def set_flags(flags: tuple[Flag, ...], environment: MutableMapping[str, str]) -> None:

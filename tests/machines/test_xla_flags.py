@@ -19,6 +19,12 @@ def test_flags_by_hardware(gpu, fraction):
     assert values["xla_gpu_enable_latency_hiding_scheduler"] == "true"
 
 
+@pytest.mark.parametrize("jax, is_there", [("0.10.2", True), ("0.11.2", True), ("0.12.0.1", False), ("1.0", False)])
+def test_flags_that_newer_versions_do_without(jax, is_there, monkeypatch):
+    monkeypatch.setattr(xla_flags.metadata, "version", lambda name: jax)
+    assert ("xla_gpu_enable_dynamic_slice_fusion" in {flag.name for flag in choose_flags("NVIDIA H100")}) == is_there
+
+
 def test_an_unknown_flag_is_reported_and_what_is_set_stays(capsys):
     given = {"xla_gpu_autotune_level": "4", "xla_of_no_version": "1", "xla_gone_too": "1", "SOME_VARIABLE": "1"}
     flags = tuple(Flag(name, value, "purpose") for name, value in given.items())
