@@ -25,6 +25,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from herd_jax.errors import UserError, command_line  # noqa: E402
+
+PARTS = ("train", "fp8")
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -70,6 +74,7 @@ class Facts:
     planned_bytes: float
     gemm_tflop: float
     model_tflop: float
+    model_gemm_tflop: float  # of the model's, without attention
     remat_tflop: float
     fp8_gemms: int
     copies: dict[str, float]  # kernels that only move data, above 1 % of the step: seconds
@@ -82,7 +87,8 @@ class Facts:
     compile_seconds: float
 
 
-def main():
+@command_line
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Case):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
@@ -90,17 +96,22 @@ def main():
     parser.add_argument("--only", help="names of cases, with ; between them")
     parser.add_argument("--hlo", type=Path, help="a folder for the compiled modules' text")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a case as JSON, in this process
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.one:
         case, hlo = json.loads(args.one)
         print(json.dumps(dataclasses.asdict(compile_case(Case(**case), Path(hlo) if hlo else None))))
         return
     if not find_spec("jax_plugins") or not find_spec("jax_plugins.xla_cuda13"):
         jax = version("jax")
-        sys.exit(f"error: XLA's CUDA plug-in is missing: pip install --no-deps jax-cuda13-plugin=={jax} jax-cuda13-pjrt=={jax}")
-    given = {field.name: value for field in dataclasses.fields(Case) if (value := getattr(args, field.name)) not in (None, False)}
+        raise UserError(f"XLA's CUDA plug-in is missing: pip install --no-deps jax-cuda13-plugin=={jax} jax-cuda13-pjrt=={jax}")
+    given = {field.name: value for field in dataclasses.fields(Case) if (value := getattr(args, field.name)) is not None and value is not False}
     flags = {name: given.pop(name) for name in ("xla_flags", "hardware") if name in given}
-    cases = {"this": Case(**given)} if given else {name: case for name, case in CASES.items() if not args.only or name in args.only.split(";")}
+    names = args.only.split(";") if args.only else list(CASES)
+    if not set(names) <= CASES.keys():
+        raise UserError(f"--only is '{args.only}': name some of {'; '.join(CASES)}")
+    cases = {"this": Case(**given)} if given else {name: CASES[name] for name in names}
+    if args.hlo:
+        args.hlo.mkdir(parents=True, exist_ok=True)
     print(f"{'case':<24}{'GB':>7}{'planned':>9}{'TFLOP':>8}{'model':>7}{'remat':>7}{'copies':>8}{'loops':>7}{'sent ms':>9}{'exposed':>9}{'ms':>9}{'MFU':>8}")
     for name, case in cases.items():
         hlo = args.hlo / f"{name.replace(' ', '_').replace(',', '')}.hlo" if args.hlo else None
@@ -108,11 +119,14 @@ def main():
 
 
 def facts_of(case: Case, hlo: Path | None = None) -> Facts:
-    """Compiles a case in a process of its own, since XLA reads its flags once."""
+    """Compiles a case in a process of its own, since XLA reads its flags once. Raises UserError for one that cannot be."""
     argument = json.dumps([dataclasses.asdict(case), str(hlo.absolute()) if hlo else None])
     done = subprocess.run([sys.executable, __file__, "--one", argument], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{done.stderr}\n{case} was not compiled: see above")
+        last = done.stderr.rstrip().splitlines()[-1:]
+        if last and last[0].startswith("error: "):
+            raise UserError(last[0].removeprefix("error: "))
+        raise RuntimeError(f"{case} was not compiled:\n{done.stderr}")
     return Facts(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -131,6 +145,8 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
 
     from herd_jax.machines.xla_flags import choose_flags, set_flags
 
+    if case.hardware not in DATA_SHEETS or case.part not in PARTS:
+        raise UserError(f"a {case.part} part on {case.hardware} is not known: --part is one of {', '.join(PARTS)}, --hardware of {', '.join(DATA_SHEETS)}")
     set_flags(choose_flags(DATA_SHEETS[case.hardware].name), os.environ)
     import jax
 
@@ -159,13 +175,16 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
     total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     if case.part == "fp8":
         planned, flops = total, 6 * case.seq_len * model.dim * model.ffn_dim
+        gemm_flops = flops
     else:
-        planned, flops = memory.estimate(job)["total"], speed.flops_per_token * job.tokens_per_step / job.num_devices
+        tokens = job.tokens_per_step / job.num_devices
+        planned, flops, gemm_flops = memory.estimate(job)["total"], speed.flops_per_token * tokens, model.flops_per_token(keys_seen=0) * tokens
     return Facts(
         total,
         planned,
         totals.gemm_flops / 1e12,
         flops / 1e12,
+        gemm_flops / 1e12,
         totals.remat_flops / 1e12,
         totals.fp8_gemms,
         {name: spent for name, spent in totals.copies.most_common() if spent > 0.01 * seconds},
@@ -222,12 +241,12 @@ def _lower_fp8(case: Case, sizes, pipeline, found: list):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from herd_jax.mesh import make_mesh, on_mesh
-    from herd_jax.models.config import MODELS
+    from herd_jax.models.config import ModelConfig
     from herd_jax.models.fp8 import DTYPE, Fp8Matrix
     from herd_jax.models.llama import Layer
     from herd_jax.parallel import tensor
 
-    model, mesh, everywhere = MODELS[case.model], make_mesh(sizes, found), PartitionSpec()
+    model, mesh, everywhere = ModelConfig(case.model).resolve(), make_mesh(sizes, found), PartitionSpec()
     shape = lambda sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, everywhere))
     matrix = lambda *sizes: Fp8Matrix(shape((*sizes,), DTYPE), shape(sizes[:-1], jnp.float32), 1200.0)
 

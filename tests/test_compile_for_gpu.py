@@ -16,13 +16,16 @@ from compile_for_gpu import CASES, Case, facts_of  # noqa: E402
 from gpu_estimate import Estimate  # noqa: E402
 from hlo import Module, arrays, num_bytes  # noqa: E402
 
+from herd_jax.errors import UserError  # noqa: E402
 from herd_jax.machines.hardware import HARDWARE  # noqa: E402
 
 HAS_PLUGIN = importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
 needs_plugin = pytest.mark.skipif(
     not (HAS_PLUGIN and importlib.util.find_spec("tokamax")), reason="XLA's CUDA plug-in or tokamax is not installed"
 )
-IS_OLD = jax.version.__version_info__ < (0, 12)  # its XLA transposes the embedding's gradient in each tick of a pipeline
+# XLA before jax 0.12 transposes a tied embedding's gradient in each tick of a pipeline, and takes 5 % more memory for FSDP.
+IS_OLD = jax.version.__version_info__ < (0, 12)
+OF_THE_PLAN = {"8B dp 8, gather layer": 1.06, "1B pp 4, 1f1b": 1.03} if IS_OLD else {}  # shares of the planner's memory
 UNHIDDEN = {"8B tp 8": 0.22, "8B dp 8, gather layer": 0.05}  # shares of the step, above which something is lost
 
 
@@ -32,15 +35,15 @@ UNHIDDEN = {"8B tp 8": 0.22, "8B dp 8, gather layer": 0.05}  # shares of the ste
 def test_what_is_compiled(name):
     case, facts = CASES[name], facts_of(CASES[name])
     assert facts.remat_tflop == 0  # XLA recomputes no product on its own
-    assert 0.95 <= facts.compiled_bytes / facts.planned_bytes <= (1.06 if IS_OLD else 1.02)
+    assert 0.95 <= facts.compiled_bytes / facts.planned_bytes <= OF_THE_PLAN.get(name, 1.02)
     assert sum(facts.exposed.values()) < UNHIDDEN.get(name, 0.02) * facts.seconds
-    assert sum(facts.copies.values()) < (0.08 if IS_OLD else 0.02) * facts.seconds
-    assert facts.kernels.get("copy", 0) < (0.09 if IS_OLD else 0.06) * facts.seconds
+    transposes = 0.07 if IS_OLD and case.pp > 1 else 0
+    assert sum(facts.copies.values()) < (0.02 + transposes) * facts.seconds
+    assert facts.kernels.get("copy", 0) < max(0.06, 0.02 + transposes) * facts.seconds
     assert (facts.host_loops == 0) == (case.pp == 1)
+    assert facts.gemm_tflop < 1.01 * facts.model_gemm_tflop  # no product runs twice
     if case.part == "fp8":
         assert facts.fp8_gemms == 2
-    else:
-        assert facts.gemm_tflop < 1.05 * facts.model_tflop
 
 
 @needs_plugin
@@ -48,6 +51,13 @@ def test_what_is_compiled(name):
 def test_the_lower_bounds_of_the_gpu_extra_lower():
     """A short model through attention's kernel, with whatever versions are installed here."""
     assert facts_of(Case(layers=2, seq_len=1024)).kernels["attention"] > 0
+
+
+@needs_plugin
+@pytest.mark.parametrize("case, says", [({"tp": 3}, "choose a tp that divides it"), ({"tp": 0}, "mesh.tp is 0"), ({"hardware": "h300"}, "h300 is not known")])
+def test_a_case_that_cannot_be_is_refused_in_one_sentence(case, says):
+    with pytest.raises(UserError, match=says):
+        facts_of(Case(**case))
 
 
 LOOP = """
