@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from herd_jax.errors import UserError
 from herd_jax.inference.decoder import Decoder
-from herd_jax.inference.sampling import NOT_FINITE, Sampling, several
+from herd_jax.inference.draw import NOT_FINITE, draw
+from herd_jax.inference.sampling import Sampling, several
 from herd_jax.inference.scoring.whole_rows import Scorer, bucket
 from herd_jax.inference.stopping import StopCondition
 from herd_jax.inference.weights import Weights
@@ -257,9 +258,10 @@ class Model:
         for i, row in enumerate(rows):
             ids[i, size - len(row) :], padding[i] = row, size - len(row)
         num_ids, weights = self.text_tokenizer().vocab_size, self.weights.apart()
+        options, lengths = sampling.options(batch), np.array([len(row) for row in rows] + [1] * (batch - len(rows)), np.int32)
         logits, cache = self._decoder.prefill(bucket(size + num_steps))(weights, ids, padding)
         for step in range(num_steps):
-            new = sampling.choose(logits, step, num_ids)
+            new = draw(logits, options, lengths + step, num_ids)
             if step + 1 < num_steps:
                 logits, cache = self._decoder.decode(weights, cache, new, padding, jnp.int32(size + step))
             yield np.asarray(new)[: len(rows)]

@@ -1,52 +1,81 @@
-"""The choice of the next token from logits."""
+"""How the tokens of an answer are chosen: the options of a request, checked."""
 
 import dataclasses
-import functools
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from herd_jax.errors import UserError
+from herd_jax.inference.draw import GREEDY_BELOW, Options
 
-GREEDY_BELOW = 1e-5  # temperatures: a difference of logits, divided by less, is nothing or everything
-NOT_FINITE = -1  # in place of a token
+MAX_BIASES = 1024  # tokens of one request whose logits may be biased
+MAX_LOG_PROBS = 20  # likeliest tokens whose log-probabilities can be asked for, as OpenAI's and vLLM's
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn, checked: raises UserError in one sentence for what is not of the right type, or out of range.
+    """How an answer is drawn; raises UserError in one sentence for what is not of the right type, or out of range.
 
-    `temperature` 0 takes the likeliest token. `top_p` draws from the fewest tokens that together have that probability or more. `seed` is from
-    0 to 2^64 - 1. `stop` are strings that end an answer.
+    `temperature` 0 takes the likeliest token. The filters follow it in this order: `top_k` keeps the k likeliest tokens (0: all), `top_p` the
+    fewest that together have that probability or more, `min_p` those with at least that share of the likeliest one's probability.
+    Before it come `repetition_penalty` (divides positive logits of tokens in prompt or answer, multiplies negative ones), `presence_penalty` and
+    `frequency_penalty` (taken off the logits of tokens in the answer, once, or each time) and `logit_bias` (added, by token id).
+    `seed` is from 0 to 2^64 - 1. `stop` are strings, `stop_ids` tokens that end an answer beside the tokenizer's own; `ignore_eos` leaves out those.
+    `log_probs`: how many of the likeliest tokens are given with each token's log-probability; None gives none at all.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    log_probs: int | None = None
 
     def __post_init__(self) -> None:
+        finite = lambda value: abs(value) < float("inf")
         _check(self.max_new_tokens, "max_new_tokens", numbers.Integral, "a whole number, 1 or more", lambda n: n >= 1)
         _check(self.temperature, "temperature", numbers.Real, "a number, 0 or more", lambda t: 0 <= t < float("inf"))
         _check(self.top_p, "top_p", numbers.Real, "a number in (0, 1]", lambda p: 0 < p <= 1)
         _check(self.seed, "seed", numbers.Integral, "a whole number from 0 to 2^64 - 1", lambda seed: 0 <= seed < 2**64)
+        _check(self.top_k, "top_k", numbers.Integral, "a whole number, 0 (all tokens) or more", lambda k: 0 <= k < 2**31)
+        _check(self.min_p, "min_p", numbers.Real, "a number from 0 to 1", lambda p: 0 <= p <= 1)
+        _check(self.repetition_penalty, "repetition_penalty", numbers.Real, "a number above 0", lambda p: p > 0 and finite(p))
+        _check(self.presence_penalty, "presence_penalty", numbers.Real, "a number from -2 to 2", lambda p: -2 <= p <= 2)
+        _check(self.frequency_penalty, "frequency_penalty", numbers.Real, "a number from -2 to 2", lambda p: -2 <= p <= 2)
+        if self.log_probs is not None:
+            most = MAX_LOG_PROBS
+            _check(self.log_probs, "log_probs", numbers.Integral, f"a whole number from 0 to {most}, or None", lambda n: 0 <= n <= most)
         object.__setattr__(self, "stop", tuple(several(self.stop, "stop")))
         if "" in self.stop:
             raise UserError("stop has an empty string in it, with which every answer would end at once: leave it out")
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        for token in self.stop_ids:
+            _check(token, "a token of stop_ids", numbers.Integral, "a whole number, 0 or more", lambda i: i >= 0)
+        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_BIASES:
+            raise UserError(f"logit_bias must give numbers by token id, for {MAX_BIASES} tokens at most: leave out those that matter least")
+        for token, bias in self.logit_bias.items():
+            _check(token, "a token of logit_bias", numbers.Integral, "a whole number, 0 or more", lambda i: i >= 0)
+            _check(bias, f"the logit_bias of token {token}", numbers.Real, "a number from -100 to 100", lambda b: -100 <= b <= 100)
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
-    def choose(self, logits_BV: jax.Array, step: int, num_ids: int) -> jax.Array:
-        """Returns the next token of each row, one of the first `num_ids`, or NOT_FINITE: int32 [B]."""
-        folded = np.uint32(int(self.seed) % 2**32) ^ np.uint32(int(self.seed) >> 32)
-        temperature, top_p = float(self.temperature), float(self.top_p)
-        return choose(logits_BV, folded, step, temperature, top_p, greedy=self.greedy, nucleus=top_p < 1, num_ids=num_ids)
+    def options(self, rows: int = 1, sample: int = 0) -> Options:
+        """Returns the options of `rows` rows that are drawn alike, as arrays [rows]."""
+        seed = np.array([int(self.seed) >> 32, int(self.seed) % 2**32], np.uint32)
+        values = (seed, np.int32(sample), np.float32(self.temperature), np.int32(self.top_k), np.float32(self.top_p), np.float32(self.min_p))
+        return Options(*(np.broadcast_to(value, (rows, *value.shape)) for value in values))
 
 
 def several(texts: Any, name: str) -> list[str]:
@@ -66,35 +95,3 @@ def several(texts: Any, name: str) -> list[str]:
 def _check(value: Any, name: str, kind: type, what: str, holds) -> None:
     if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
         raise UserError(f"{name} is {value!r:.80}: it must be {what}")
-
-
-@functools.partial(jax.jit, static_argnames=("greedy", "nucleus", "num_ids"))
-def choose(
-    logits_BV: jax.Array, seed: jax.Array, step: jax.Array, temperature: jax.Array, top_p: jax.Array, *, greedy: bool, nucleus: bool,
-    num_ids: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """Returns int32 [B]: the likeliest token where `greedy`; else one drawn at `temperature`, where `nucleus` from the fewest tokens that
-    together have probability `top_p` or more. A row's draw depends on the seed, the step and the row's number alone. Tokens from `num_ids` on
-    are never chosen (those that a tokenizer has no text for); NOT_FINITE stands for a row whose logits are not numbers."""
-    V = logits_BV.shape[-1]
-    if num_ids is not None and num_ids < V:
-        logits_BV = jnp.where(jnp.arange(V) < num_ids, logits_BV, -jnp.inf)
-    most_B1 = logits_BV.max(axis=-1, keepdims=True)
-    if greedy:
-        # The same as jnp.argmax, which is five times slower on CPU.
-        chosen_B = jnp.where(logits_BV == most_B1, jnp.arange(V, dtype=jnp.int32), V - 1).min(axis=-1)
-    else:
-        chosen_B = _draw((logits_BV - most_B1) / temperature, seed, step, top_p, nucleus)
-    return jnp.where(jnp.isfinite(most_B1[:, 0]), chosen_B, NOT_FINITE)
-
-
-def _draw(logits_BV, seed, step, top_p, nucleus: bool):
-    if nucleus:
-        order_BV = jnp.argsort(-logits_BV, axis=-1)
-        sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
-        keep_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV < top_p  # the likelier ones together do not reach top_p
-        back_BV = jnp.argsort(order_BV, axis=-1)
-        logits_BV = jnp.where(jnp.take_along_axis(keep_BV, back_BV, axis=-1), logits_BV, -jnp.inf)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits_BV)))
-    return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)

@@ -6,7 +6,6 @@ import pytest
 import tiny
 
 from herd_jax.inference.decoder import Decoder
-from herd_jax.inference.sampling import choose
 from herd_jax.inference.scoring import whole_rows
 from herd_jax.inference.scoring.whole_rows import Scorer
 from herd_jax.inference.weights import Weights
@@ -53,21 +52,3 @@ def test_scores_are_those_of_the_plain_forward(mesh, monkeypatch):
     lengths = [(0, 21), (1, 2), (2, 17), (0, 18), (1, 9)]  # of two sizes, in no order
     sums = scorer.loss(params, [ids[row, :length] for row, length in lengths])
     np.testing.assert_allclose(sums, [losses[row, : length - 1].sum() for row, length in lengths], rtol=1e-5)
-
-
-def test_draws_follow_the_softmax():
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    many = jnp.repeat(logits, 4000, axis=0)
-    share = lambda **options: np.bincount(np.asarray(choose(many, 0, 0, **options)), minlength=4) / 4000
-    np.testing.assert_allclose(share(temperature=1.0, top_p=1.0, greedy=False, nucleus=False), [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    np.testing.assert_allclose(share(temperature=1.0, top_p=0.7, greedy=False, nucleus=True), [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_allclose(share(temperature=0.5, top_p=1.0, greedy=False, nucleus=False), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03)
-    assert share(temperature=1.0, top_p=1.0, greedy=True, nucleus=False)[0] == 1
-    assert share(temperature=1.0, top_p=1e-9, greedy=False, nucleus=True)[0] == 1  # the likeliest token is never cut
-
-
-def test_a_row_draws_the_same_whatever_stands_beside_it():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 50)), jnp.float32)
-    draw = lambda rows, seed=0, step=3: np.asarray(choose(logits[:rows], seed, step, 1.0, 1.0, greedy=False, nucleus=False))
-    np.testing.assert_array_equal(draw(5)[:2], draw(2))
-    assert (draw(5) != draw(5, seed=1)).any() and (draw(5) != draw(5, step=4)).any()
