@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 BIN = 0  # number of the page that nobody reads
-POOL_SPEC = PartitionSpec("pp", None, "tp")  # of keys [PP, P, K, H, page] and values [PP, P, K, page, H]
+POOL_SPEC = PartitionSpec("pp", "tp")  # of keys [PP P, K, H, page] and values [PP P, K, page, H]: each pipeline rank has all pages of its layers
 MASKED = -1e30  # a score that is never the largest where something is visible, and keeps everything finite where nothing is
 
 
@@ -42,7 +42,7 @@ class PageLayout:
 
     def shapes(self, num_ranks: int, num_kv_heads: int, head_dim: int) -> Pool:
         """Returns the shapes of a layer slot's pool over a whole mesh."""
-        before = (num_ranks, self.num_pages, num_kv_heads)
+        before = (num_ranks * self.num_pages, num_kv_heads)
         return Pool((*before, head_dim, self.page_size), (*before, self.page_size, head_dim))
 
     def write(self, pool: Pool, k_BTKH: jax.Array, v_BTKH: jax.Array, places: Places) -> Pool:
@@ -52,6 +52,9 @@ class PageLayout:
         number_BT = jnp.minimum(position_BT // self.page_size, places.table_BN.shape[1] - 1)
         page_BT = jnp.where(index_T < places.count_B[:, None], jnp.take_along_axis(places.table_BN, number_BT, 1), BIN)
         offset_BT = position_BT % self.page_size
+        if page_BT.size == 1:  # a scatter of one token would check its bounds by reading, for which XLA copies the pool
+            put, page, offset = lax.dynamic_update_slice, page_BT[0, 0], offset_BT[0, 0]
+            return Pool(put(pool.k, k_BTKH[0, ..., None], (page, 0, 0, offset)), put(pool.v, v_BTKH.swapaxes(1, 2), (page, 0, offset, 0)))
         return Pool(pool.k.at[page_BT, :, :, offset_BT].set(k_BTKH), pool.v.at[page_BT, :, offset_BT].set(v_BTKH))
 
     def read(self, q_BTNH: jax.Array, pool: Pool, places: Places, offset: int | jax.Array = 0) -> jax.Array:

@@ -106,7 +106,7 @@ class Programs:
 
         It takes up to T tokens of each slot that are known and not computed, guesses among them, and computes their keys and values. Pools, slots
         and carry are donated. With `what` "last", `found` are the logits [B, V] after the last token of each row of the job that leaves; "all":
-        after each token [B, T, V]; "prompt": a `Drawn` of the tokens that follow each in the sequence.
+        after each token [B, T, V]; "prompt": those of "last", and a `Drawn` of the tokens that follow each in the sequence.
         """
         return functools.cache(self._forward)
 
@@ -124,7 +124,7 @@ class Programs:
                 job = self._from_last(job)
             return pools, slots, carry, job, getattr(self, f"_{what}")(weights, slots, job, x_BTD, num_tokens)
 
-        found = Drawn(*[EVERYWHERE] * 3) if what == "prompt" else EVERYWHERE
+        found = (EVERYWHERE, Drawn(*[EVERYWHERE] * 3)) if what == "prompt" else EVERYWHERE
         carry = Carry(PartitionSpec("pp"), Job(*[PartitionSpec("pp")] * 3)) if self.num_ranks > 1 else None
         pools, slots, job = self._pool_specs, _slots_specs(), Job(*[EVERYWHERE] * 3)
         specs = (self.weight_specs, pools, slots, carry, EVERYWHERE), (pools, slots, carry, job, found)
@@ -144,7 +144,7 @@ class Programs:
         position_BT = job.start_B[:, None] + offset + jnp.arange(self._share(num_tokens))
         rotation, declared = self.model.rotation(position_BT), self.model.declared["layers"]
         stages = [self.layout.slots_of_stage(declared, i) for i in range(self.num_ranks)]
-        pools = [jax.tree.map(lambda a: a[0], pool) for pool in pools]
+        pools = list(pools)
         for number in range(self.num_layer_slots):
             # The stages' layers in this slot: alike as to attention, but some may be FP8, and a stage may have no layer here.
             layers = [slots_of[number] if number < len(slots_of) else None for slots_of in stages]
@@ -160,7 +160,7 @@ class Programs:
             runs = [(lambda x_BTD, m=module: m.feed_forward_block(x_BTD, tensor.WHOLE_SEQUENCE)) if module else (lambda _, x=x_BTD: x) for module in modules]
             kind_of_stage = jnp.array([kinds.index(layer) for layer in layers])
             x_BTD = runs[0](new_BTD) if len(runs) == 1 else lax.switch(kind_of_stage[stage], runs, new_BTD)
-        return x_BTD, [jax.tree.map(lambda a: a[None], pool) for pool in pools]
+        return x_BTD, pools
 
     def _last(self, weights, slots, job: Job, x_BTD, num_tokens: int):
         index_B = jnp.clip(job.count_B - 1, 0, num_tokens - 1)
@@ -176,8 +176,9 @@ class Programs:
     def _all(self, weights, slots, job: Job, x_BTD, num_tokens: int):
         return self._logits(weights, self._from_last(self._whole(x_BTD, num_tokens)))
 
-    def _prompt(self, weights, slots: Slots, job: Job, x_BTD, num_tokens: int) -> Drawn:
-        """Returns the log-probabilities of the tokens that follow, a few tokens' logits at a time."""
+    def _prompt(self, weights, slots: Slots, job: Job, x_BTD, num_tokens: int) -> tuple[jax.Array, Drawn]:
+        """Returns what `_last` does, and the log-probabilities of the tokens that follow, with a few tokens' logits at a time."""
+        logits_BV = self._last(weights, slots, job, x_BTD, num_tokens)
         x_BTD = self._from_last(self._whole(x_BTD, num_tokens))
         next_BT = jnp.minimum(job.start_B[:, None] + 1 + jnp.arange(num_tokens), slots.tokens.shape[1] - 1)
         target_BT = slots.tokens[job.slot_B[:, None], next_BT]
@@ -188,7 +189,7 @@ class Programs:
             return _log_p(logits_BV, logits_BV, target_B)
 
         log_p, likeliest = lax.map(one, (x_BTD.swapaxes(0, 1), target_BT.T), batch_size=max(1, 16 // len(target_BT)))
-        return Drawn(target_BT, log_p.swapaxes(0, 1), likeliest.swapaxes(0, 1))
+        return logits_BV, Drawn(target_BT, log_p.swapaxes(0, 1), likeliest.swapaxes(0, 1))
 
     def _logits(self, weights, x_BTD: jax.Array) -> jax.Array:
         """Returns the logits, FP32 [B, T, V]."""
@@ -322,8 +323,7 @@ class Programs:
         """Returns the function (pools, sources [A], targets [A]) -> pools that copies pages."""
 
         def run(pools, source_A, target_A):
-            one = lambda pool: self.pages.copy(Pool(pool.k[0], pool.v[0]), source_A, target_A)
-            return [Pool(*(a[None] for a in one(pool))) for pool in pools]
+            return [self.pages.copy(pool, source_A, target_A) for pool in pools]
 
         return self._jit(run, (self._pool_specs, EVERYWHERE, EVERYWHERE), self._pool_specs, donate_argnums=0)
 
