@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from herd_jax.errors import UserError
-from herd_jax.inference.decoder import Decoder
-from herd_jax.inference.draw import NOT_FINITE, draw
+from herd_jax.inference.engine.build import EngineConfig, make_engine
+from herd_jax.inference.engine.engine import Engine, bucket
+from herd_jax.inference.engine.replicas import Replicas
+from herd_jax.inference.engine.requests import Answer, Piece, Request
 from herd_jax.inference.sampling import Sampling, several
-from herd_jax.inference.scoring.whole_rows import Scorer, bucket
-from herd_jax.inference.stopping import StopCondition
+from herd_jax.inference.scoring.whole_rows import Scorer
 from herd_jax.inference.weights import Weights
 from herd_jax.interop import save as interop
 from herd_jax.interop.load import load_array, open_source
@@ -32,6 +33,9 @@ from herd_jax.text import chat
 from herd_jax.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MAX_SEQUENCES = 32  # prompts that `generate` continues at the same time
+LEAST_TOKENS = 1024  # that a sequence of `generate` has room for, where the context allows: a dialog that grows does not compile again at once
+PAGE_SIZE = 64
 
 
 class TextLoss(NamedTuple):
@@ -71,16 +75,6 @@ def load_source(source: Source, mesh: Mesh | MeshConfig | None = None, dtype: st
 def _check(dtype: str | None) -> None:
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is '{dtype}': it must be one of {', '.join(DTYPES)}")
-
-
-def _only(stream: Generator[list[str], None, list[bool]]) -> Generator[str, None, bool]:
-    """Yields the texts of the only row, and returns whether it was cut."""
-    while True:
-        try:
-            (text,) = next(stream)
-        except StopIteration as end:
-            return end.value[0]
-        yield text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,41 +134,53 @@ class Model:
 
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] = (), **options,
     ) -> list[str]:  # fmt: skip
         """Does what `generate` does, with prompts that are token ids."""
-        for prompt in prompts:
-            self._check_ids(prompt)
-        return ["".join(parts) for parts in zip(*self._stream(prompts, max_new_tokens, temperature, top_p, seed, stop))] if prompts else []
+        sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
+        return [answer.text for answer in self._answers([Request(prompt, sampling) for prompt in prompts])]
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] = (), **options,
     ) -> list[str]:  # fmt: skip
         """Returns what follows each prompt, up to a stop token of the tokenizer or one of the `stop` strings, both left out. Temperature 0
-        takes the likeliest token."""
-        rows = [self._prompt_ids(prompt) for prompt in several(prompts, "prompts")]
-        return ["".join(parts) for parts in zip(*self._stream(rows, max_new_tokens, temperature, top_p, seed, stop))] if rows else []
+        takes the likeliest token; equal prompts with equal seeds get equal texts. `options` are the other fields of `Sampling`."""
+        sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
+        return [answer.text for answer in self._answers([Request(self._prompt_ids(prompt), sampling) for prompt in several(prompts, "prompts")])]
 
-    def stream(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
+    def stream(
+        self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=(), **options
+    ) -> Iterator[str]:
         """Yields what `generate` returns, for one prompt, in pieces as they come; returns whether it was cut off for want of room."""
         if not isinstance(prompt, str):
             raise UserError(f"prompt is of type {type(prompt).__name__}: it must be a string")
         several([prompt], "the prompt")
-        return _only(self._stream([self._prompt_ids(prompt)], max_new_tokens, temperature, top_p, seed, stop))
+        sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
+        return self._pieces(Request(self._prompt_ids(prompt), sampling))
 
-    def stream_chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> Iterator[str]:
+    def stream_chat(
+        self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=(), **options
+    ) -> Iterator[str]:
         """Yields the assistant's answer to a dialog (dicts with "role" and "content"), in pieces as they come; returns whether it was cut off for
         want of room."""
-        return _only(self._stream([self.chat_ids(messages)], max_new_tokens, temperature, top_p, seed, stop))
+        sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
+        return self._pieces(Request(self.chat_ids(messages), sampling))
+
+    def engine(self, **settings) -> Engine | Replicas:
+        """Returns an engine, which answers many requests at the same time; `settings` are the fields of `EngineConfig`. Raises UserError for a
+        cache that does not fit into the memory. The engine holds the weights in the decoder's form."""
+        return make_engine(
+            self.llama, self.layout, self.dtype, self.weights.apart(), self.tokenizer, self.context_length, from_options(EngineConfig, settings)
+        )
 
     def chat_ids(self, messages) -> list[int]:
         """Returns the prompt for the answer to a dialog. Raises UserError where the model has no format for dialogs."""
         return list(chat.render(messages, self.text_tokenizer(), add_assistant_header=True).ids)
 
-    def chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=()) -> str:
+    def chat(self, messages, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=(), **options) -> str:
         """Returns the assistant's answer to a dialog of dicts with "role" and "content"."""
-        return "".join(self.stream_chat(messages, max_new_tokens, temperature, top_p, seed, stop))
+        return "".join(self.stream_chat(messages, max_new_tokens, temperature, top_p, seed, stop, **options))
 
     def save(self, directory: str | Path, format: str = "herd") -> None:
         """Writes the model, in the dtype it is held in, and its tokenizer as "herd", "huggingface" or "meta" (a file for each tp rank).
@@ -190,8 +196,8 @@ class Model:
         return Scorer(self.llama, self.layout, self.dtype)
 
     @functools.cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self.llama, self.layout, self.dtype)
+    def _own_engine(self) -> "_OwnEngine":
+        return _OwnEngine()
 
     def text_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises UserError where there is none."""
@@ -231,37 +237,87 @@ class Model:
         if self.context_length is not None and num_tokens > self.context_length:
             raise UserError(f"{what} {num_tokens} tokens long: the model's context holds {self.context_length}; shorten it")
 
-    def _stream(
-        self, rows: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int, stop
-    ) -> Generator[list[str], None, list[bool]]:  # fmt: skip
-        """Yields the new text of each row, token by token, "" for a row that has ended; returns which were cut off for want of room."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop)
-        self._check_length(max(map(len, rows)), "the prompt is")
-        rooms = [max_new_tokens if self.context_length is None else min(max_new_tokens, self.context_length - len(row)) for row in rows]
-        stops = [StopCondition(self.text_tokenizer(), sampling.stop, room) for room in rooms]
-        for ids in self._steps(rows, max(rooms), sampling):
-            if (ids == NOT_FINITE).any():
-                raise UserError(
-                    f"the model's logits are not finite numbers, so there is no answer: its weights are damaged, or too large for {self.dtype.__name__}"
-                    "; take another copy of them, or load them with dtype float32"
-                )
-            yield [of_row.push(int(token)) for of_row, token in zip(stops, ids)]
-            if all(of_row.ended for of_row in stops):
-                break
-        yield [of_row.flush() for of_row in stops]
-        return [of_row.was_cut for of_row in stops]
+    def _sampling(self, max_new_tokens, temperature, top_p, seed, stop, options) -> Sampling:
+        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
+        return from_options(Sampling, given | options)
 
-    def _steps(self, rows: list[list[int]], num_steps: int, sampling: Sampling) -> Iterator[np.ndarray]:
-        """Yields new ids [B], step by step. The next step is under way when one is given, so that the device does not wait for the reader."""
-        size, batch = bucket(max(map(len, rows))), bucket(len(rows), least=1)
-        ids, padding = np.zeros((batch, size), np.int32), np.full(batch, size - 1, np.int32)
-        for i, row in enumerate(rows):
-            ids[i, size - len(row) :], padding[i] = row, size - len(row)
-        num_ids, weights = self.text_tokenizer().vocab_size, self.weights.apart()
-        options, lengths = sampling.options(batch), np.array([len(row) for row in rows] + [1] * (batch - len(rows)), np.int32)
-        logits, cache = self._decoder.prefill(bucket(size + num_steps))(weights, ids, padding)
-        for step in range(num_steps):
-            new = draw(logits, options, lengths + step, num_ids)
-            if step + 1 < num_steps:
-                logits, cache = self._decoder.decode(weights, cache, new, padding, jnp.int32(size + step))
-            yield np.asarray(new)[: len(rows)]
+    def _answers(self, requests: list[Request]) -> list[Answer]:
+        """Returns the answers in the order of the requests."""
+        found: list[Answer | None] = [None] * len(requests)
+        if requests:
+            with self._running_engine(requests) as engine:
+                for answer in engine.generate(requests):
+                    self._check_finite(answer.finish_reason)
+                    found[answer.ticket] = answer
+        return found
+
+    def _pieces(self, request: Request) -> Generator[str, None, bool]:
+        """Yields the text of an answer as it comes; returns whether it was cut off for want of room."""
+        with self._running_engine([request]) as engine:
+            ticket = engine.submit(request)
+            try:
+                while True:
+                    for piece in engine.step():
+                        if isinstance(piece, Piece) and piece.ticket == ticket:
+                            self._check_finite(piece.finish_reason)
+                            yield piece.text
+                            if piece.finish_reason:
+                                return piece.finish_reason == "length"
+            finally:
+                engine.abort(ticket)
+                while engine.has_work:
+                    engine.step()
+
+    @contextlib.contextmanager
+    def _running_engine(self, requests: list[Request]):
+        """Gives an engine that is large enough for the requests. It holds the weights only as long as they are computed."""
+        self.text_tokenizer()
+        for request in requests:
+            self._check_ids(request.prompt)
+        self._check_length(max(len(request.prompt) for request in requests), "the prompt is")
+        lengths = sorted((len(request.prompt) + request.sampling.max_new_tokens for request in requests), reverse=True)
+        config = self._own_engine.config_for(lengths, self.context_length)
+        if config is not None:
+            self._own_engine.engine, self._own_engine.config = self.engine(**config), config
+        engine = self._own_engine.engine
+        engine.hold(self.weights.apart())
+        try:
+            yield engine
+        finally:
+            engine.hold(None)
+
+    def _check_finite(self, finish_reason: str | None) -> None:
+        if finish_reason == "error":
+            raise UserError(
+                f"the model's logits are not finite numbers, so there is no answer: its weights are damaged, or too large for {self.dtype.__name__}"
+                "; take another copy of them, or load them with dtype float32"
+            )
+
+
+class _OwnEngine:
+    """The engine of a model's `generate`, made again when a larger one is needed."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | Replicas | None = None
+        self.config: dict[str, int] = {}
+
+    def config_for(self, lengths: list[int], context_length: int | None) -> dict[str, int] | None:
+        """Returns the settings of an engine for answers that reach these lengths, the longest first; None where the present one will do."""
+        within = lambda length: min(length, context_length or length)
+        sequences = min(bucket(len(lengths)), MAX_SEQUENCES)
+        needed = {
+            "max_sequences": sequences, "max_length": within(max(LEAST_TOKENS, bucket(within(lengths[0])))),
+            "max_tokens_in_cache": sum(within(length) + PAGE_SIZE - 1 for length in lengths[:sequences]),
+        }  # fmt: skip
+        if all(self.config.get(name, 0) >= value for name, value in needed.items()):
+            return None
+        most = {name: max(value, self.config.get(name, 0)) for name, value in needed.items()}
+        return most | {"max_tokens_in_cache": bucket(most["max_tokens_in_cache"]), "page_size": PAGE_SIZE}
+
+
+def from_options(cls, options: dict):
+    """Returns the dataclass with these fields. Raises UserError for an option that it does not have."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(options) - set(names)):
+        raise UserError(f"there is no option {', '.join(unknown)}: choose among {', '.join(names)}")
+    return cls(**options)

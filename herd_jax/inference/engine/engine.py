@@ -4,7 +4,6 @@ A step dispatches the next forward while the tokens of the one before are still 
 the choice of the next tokens. So the device never waits for the host, and a sample that ends costs one row of one step.
 """
 
-import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -68,13 +67,14 @@ class Progress:
 class Engine:
     """An engine for a model on a mesh. `max_length`: tokens of prompt and answer together; `num_slots`: samples at once; `chunk_tokens`: tokens of
     prompts that are computed between two decode steps; `reserve`: see `Scheduler`; `num_micro_batches`: those that go through the pipeline at a
-    time, one per rank by default. One thread calls `step`; others may call `submit` and `abort`."""
+    time, one per rank by default; `strict`: each kind of step has one shape only, so that the bits of an answer do not depend on how much else is
+    computed beside it, nor on where its prompt's beginning came from. One thread calls `step`; others may call `submit` and `abort`."""
 
     def __init__(
-        self, programs: Programs, weights, tokenizer: Tokenizer | None, max_length: int, num_slots: int, chunk_tokens: int = 256,
-        reserve: bool = True, num_micro_batches: int | None = None,
+        self, programs: Programs, tokenizer: Tokenizer | None, max_length: int, num_slots: int, chunk_tokens: int = 256,
+        reserve: bool = True, num_micro_batches: int | None = None, strict: bool = False,
     ) -> None:  # fmt: skip
-        self.programs, self.weights, self.tokenizer, self.num_slots, self.max_length = programs, weights, tokenizer, num_slots, max_length
+        self.programs, self.tokenizer, self.num_slots, self.max_length, self.weights = programs, tokenizer, num_slots, max_length, None
         pages, num_ranks = programs.pages, programs.num_ranks
         self.max_pages = -(-max_length // pages.page_size)
         self.size = self.max_pages * pages.page_size
@@ -82,7 +82,8 @@ class Engine:
         pool = PagePool(pages.num_pages, pages.page_size)
         self.scheduler = Scheduler(pool, num_slots, 1 + programs.num_guesses, reserve, num_micro_batches)
         sizes = [tokens for tokens in (16, 64, 256, 1024, 4096) if tokens < chunk_tokens] + [chunk_tokens]
-        self.chunks = sorted({(rows, tokens) for tokens in sizes for rows in (1, min(max(1, 256 // tokens), bucket(num_slots)))})
+        self.least_rows = bucket(-(-num_slots // num_micro_batches)) if strict else 1
+        self.chunks = [(1, chunk_tokens)] if strict else sorted({(rows, tokens) for tokens in sizes for rows in (1, min(max(1, 256 // tokens), bucket(num_slots)))})
         self.pools, self.slots = programs.new_pools(), programs.put(empty(num_slots, self.size, self.max_pages))
         self._decoding, self._prefilling = Lane(num_ranks), Lane(num_ranks)
         self._turns = itertools.cycle(range(max(num_micro_batches, num_ranks)))  # a micro-batch comes again when it has left the pipeline
@@ -93,6 +94,10 @@ class Engine:
         self._tickets = itertools.count()
         self._progress: dict[Sample, Progress] = {}
         self._samples: dict[int, list[Sample]] = {}
+
+    def hold(self, weights) -> None:
+        """Takes the weights to compute with, or lets go of them."""
+        self.weights = weights
 
     # --- requests
 
@@ -131,21 +136,22 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._inbox or self._samples or self._drawn or self._scored)
 
+    @property
+    def load(self) -> int:
+        """Returns the number of answers that have not ended."""
+        return sum(map(len, self._samples.values())) + len(self._inbox)
+
+    def knows(self, ticket: int) -> bool:
+        """Returns whether a request has answers that have not ended."""
+        return ticket in self._samples or any(ticket == waiting for waiting, _ in self._inbox)
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Yields the answers as they end; an answer's `ticket` is its request's place among `requests`."""
-        place = {self.submit(request): i for i, request in enumerate(requests)}
-        try:
-            while place and self.has_work:
-                for event in self.step():
-                    if isinstance(event, Answer) and event.ticket in place:
-                        yield dataclasses.replace(event, ticket=place[event.ticket])
-        finally:
-            for ticket in list(place):
-                self.abort(ticket)
+        return answers(self, requests)
 
     def _take_in(self) -> list[Answer]:
         """Queues the requests that came, and ends those that are to be aborted."""
-        ended = []
+        ended: list[Answer] = []
         while self._inbox:
             ticket, request = self._inbox.popleft()
             if request is not None:
@@ -204,13 +210,13 @@ class Engine:
         """Dispatches a decode step of the samples whose turn it is; returns what left the pipeline."""
         lane, turn = self._decoding, next(self._turns)
         samples = self.scheduler.ready(turn) if turn < self.scheduler.num_micro_batches else []
-        verifies = self.programs.num_guesses and (self._guesses_found or self.programs.num_ranks > 1)
+        verifies = self.programs.num_guesses and (self._guesses_found or self.programs.num_ranks > 1 or self.least_rows > 1)
         tokens, what = (1 + self.programs.num_guesses, "all") if verifies else (1, "last")
         if not lane.is_empty and (lane.shape[1] != tokens or len(samples) > lane.shape[0]):
             return self._tick(lane, lane.shape, [])  # what is under way leaves first
         if not self.scheduler.reserve:
             samples = self._grow(samples)
-        number = bucket(len(samples)) if lane.is_empty else lane.shape[0]
+        number = max(self.least_rows, bucket(len(samples))) if lane.is_empty else lane.shape[0]
         return self._tick(lane, (number, tokens, what), [Row(s, s.turn, s.slot, True, -1) for s in samples])
 
     def _grow(self, samples: list[Sample]) -> list[Sample]:
@@ -321,7 +327,7 @@ class Engine:
     def _push(self, sample: Sample, drawn: Drawn, i: int, ids: list[int]) -> list[Piece | Answer]:
         progress = self._progress[sample]
         texts, used = [], 0
-        for token in ids:
+        for token in ids if not progress.stop.ended else ():  # of a prompt that fills the context nothing is drawn
             if token == NOT_FINITE:
                 return self._end(sample, "error")
             sample.ids.append(token)
@@ -361,6 +367,21 @@ class Engine:
             tuple(progress.log_probs), reason, progress.stop.found, num_found, tuple(progress.prompt_log_probs[: sample.num_prompt - 1]),
         )  # fmt: skip
         return [Piece(progress.ticket, progress.number, text, ids, log_probs, reason), answer]
+
+
+def answers(engine, requests: Iterable[Request]) -> Iterator[Answer]:
+    """Yields the answers of an engine as they end; an answer's `ticket` is its request's place among `requests`."""
+    place: dict[int, int] = {}
+    try:
+        for i, request in enumerate(requests):
+            place[engine.submit(request)] = i
+        while any(map(engine.knows, place)):
+            for event in engine.step():
+                if isinstance(event, Answer) and event.ticket in place:
+                    yield event.of(place[event.ticket])
+    finally:
+        for ticket in place:
+            engine.abort(ticket)
 
 
 def bucket(size: int) -> int:

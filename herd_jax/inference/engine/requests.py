@@ -67,3 +67,7 @@ class Answer:
     stop: str | int | None
     num_found: int
     prompt_log_probs: tuple[LogProb, ...]
+
+    def of(self, ticket: int) -> "Answer":
+        """Returns the answer with another ticket."""
+        return dataclasses.replace(self, ticket=ticket)
