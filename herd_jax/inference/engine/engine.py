@@ -149,16 +149,16 @@ class Engine:
         """Yields the answers as they end; an answer's `ticket` is its request's place among `requests`."""
         return answers(self, requests)
 
-    def _take_in(self) -> list[Answer]:
+    def _take_in(self) -> list[Piece | Answer]:
         """Queues the requests that came, and ends those that are to be aborted."""
-        ended: list[Answer] = []
+        ended: list[Piece | Answer] = []
         while self._inbox:
             ticket, request = self._inbox.popleft()
             if request is not None:
                 self._queue(ticket, request)
             else:
                 samples = [sample for sample in self._samples.get(ticket, ()) if not sample.done]
-                ended += [event for sample in reversed(samples) for event in self._end(sample, "abort") if isinstance(event, Answer)]
+                ended += [event for sample in reversed(samples) for event in self._end(sample, "abort")]
         return ended
 
     def _queue(self, ticket: int, request: Request) -> None:
@@ -175,7 +175,7 @@ class Engine:
 
     def step(self) -> list[Piece | Answer]:
         """Goes on by one step, and returns what is new."""
-        events: list[Piece | Answer] = list(self._take_in())
+        events = self._take_in()
         self._admit()
         decoded, computed = self._decode(), self._prefill()
         events += self._look_at_drawn()

@@ -66,6 +66,7 @@ class Scheduler:
         self.queue: deque[Sample] = deque()
         self.admitted: list[Sample] = []  # in the order of admission
         self.in_flight = [0] * self.num_slots  # forwards under way in each slot
+        self.num_sent_back = 0
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
         self._left: list[int] = []  # slots that samples have left, where a forward may still be under way
 
@@ -166,6 +167,7 @@ class Scheduler:
         self._leave(sample)
         sample.turn, sample.unseen, sample.computed = sample.turn + 1, 0, 0
         self.queue.appendleft(sample)
+        self.num_sent_back += 1
 
     def finish(self, sample: Sample) -> None:
         """Ends a sample, wherever it is. Its pages are free at once, its slot when no forward is under way in it."""
