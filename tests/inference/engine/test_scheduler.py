@@ -37,6 +37,7 @@ class Machine:
         assert self.pool.num_held == len(held) and self.pool.num_held + self.pool.num_available == PAGES - 1
         slots = [sample.slot for sample in self.scheduler.admitted] + self.scheduler._free_slots + self.scheduler._left
         assert sorted(slots) == list(range(4))
+        assert list(self.scheduler.queue) == [sample for sample in self.arrived if sample in self.scheduler.queue]
         for sample in self.scheduler.admitted:
             if self.scheduler.reserve:
                 assert len(sample.pages) * PAGE >= sample.limit
@@ -47,6 +48,7 @@ class Machine:
     def step(self) -> None:
         scheduler = self.scheduler
         for sample in scheduler.admit():
+            assert not scheduler.in_flight[sample.slot], "a forward is under way in the slot"
             if sample not in self.first_admitted:
                 self.first_admitted.append(sample)
             if sample.leader is None:
