@@ -157,3 +157,15 @@ def test_chunks_take_as_many_prompts_as_fit(lengths, shape):
     scheduler.admit()
     number, tokens, samples = scheduler.next_chunk(CHUNKS)
     assert (number, tokens, len(samples)) == shape and samples[0].num_prompt == lengths[0]
+
+
+def test_a_slot_is_free_when_no_forward_is_under_way_in_it():
+    scheduler = Scheduler(PagePool(20, PAGE), 1)
+    first, second = Sample([1, 2], 5), Sample([3], 5)
+    scheduler.add([first, second])
+    assert scheduler.admit() == [first]
+    scheduler.in_flight[0] += 1
+    scheduler.finish(first)
+    assert scheduler.admit() == [] and scheduler.pool.num_held == 0
+    scheduler.in_flight[0] -= 1
+    assert scheduler.admit() == [second]
