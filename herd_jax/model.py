@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from herd_jax.errors import UserError
-from herd_jax.inference.engine.build import EngineConfig, make_engine
+from herd_jax.inference.engine.build import EngineConfig, Parts, make_engine
 from herd_jax.inference.engine.engine import Engine, bucket
 from herd_jax.inference.engine.replicas import Replicas
 from herd_jax.inference.engine.requests import Answer, Piece, Request
@@ -167,12 +167,16 @@ class Model:
         sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
         return self._pieces(Request(self.chat_ids(messages), sampling))
 
-    def engine(self, **settings) -> Engine | Replicas:
-        """Returns an engine, which answers many requests at the same time; `settings` are the fields of `EngineConfig`. Raises UserError for a
-        cache that does not fit into the memory. The engine holds the weights in the decoder's form."""
-        return make_engine(
-            self.llama, self.layout, self.dtype, self.weights.apart(), self.tokenizer, self.context_length, from_options(EngineConfig, settings)
-        )
+    def engine(self, draft: "Model | None" = None, **settings) -> Engine | Replicas:
+        """Returns an engine, which answers many requests at the same time; `settings` are the fields of `EngineConfig`. `draft`: a smaller model
+        on the same mesh, whose guesses make it faster and change nothing else. The engine holds the weights in the decoder's form.
+
+        Raises UserError for a cache that does not fit into the memory, and a draft that does not belong to the model.
+        """
+        return make_engine(self._parts(), from_options(EngineConfig, settings), draft and draft._parts())
+
+    def _parts(self) -> Parts:
+        return Parts(self.llama, self.layout, self.dtype, self.weights.apart(), self.tokenizer, self.context_length)
 
     def chat_ids(self, messages) -> list[int]:
         """Returns the prompt for the answer to a dialog. Raises UserError where the model has no format for dialogs."""

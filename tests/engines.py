@@ -8,7 +8,7 @@ import numpy as np
 import tiny
 
 from herd_jax.inference.draw import Penalties, draw, penalised
-from herd_jax.inference.engine.build import EngineConfig, make_engine
+from herd_jax.inference.engine.build import EngineConfig, Parts, make_engine
 from herd_jax.inference.engine.requests import Request
 from herd_jax.inference.sampling import MAX_BIASES, Sampling
 from herd_jax.inference.weights import Weights
@@ -17,14 +17,18 @@ LENGTH = 64
 _made = {}
 
 
-def engine(mesh=(1, 1, 1, 1), config=tiny.CONFIG, **settings):
+def parts(mesh=(1, 1, 1, 1), config=tiny.CONFIG, seed=0) -> Parts:
+    steps = tiny.make_steps(*mesh, config=config)
+    weights = Weights.of(steps.plan.init(seed).params, steps.model, steps.layout, jnp.float32).apart()
+    return Parts(steps.model, steps.layout, jnp.float32, weights, None, LENGTH)
+
+
+def engine(mesh=(1, 1, 1, 1), config=tiny.CONFIG, draft=None, **settings):
     """Returns an engine without a tokenizer, the same for the same settings, so that what one test compiled serves the others."""
     settings = {"max_sequences": 6, "page_size": 8, "chunk_tokens": 32, "max_tokens_in_cache": 400} | settings
-    key = (mesh, config, *sorted(settings.items()))
+    key = (mesh, config, draft, *sorted(settings.items()))
     if key not in _made:
-        steps = tiny.make_steps(*mesh, config=config)
-        weights = Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32).apart()
-        _made[key] = make_engine(steps.model, steps.layout, jnp.float32, weights, None, LENGTH, EngineConfig(**settings))
+        _made[key] = make_engine(parts(mesh, config), EngineConfig(**settings), draft and parts(mesh, *draft))
     return _made[key]
 
 

@@ -5,11 +5,15 @@ import re
 from collections.abc import Mapping, Sequence
 
 from herd_jax.errors import UserError
-from herd_jax.text.protocol import EOS_NAMES, PROBE, STOP_NAMES, Tokenizer, added_tokens, import_extra, read_config, special_names
+from herd_jax.text.protocol import EOS_NAMES, PROBE, STOP_NAMES, Tokenizer, added_tokens, byte_of_name, import_extra, read_config, special_names
 
 # What begin and padding tokens are commonly called, where no tokenizer_config.json beside the file says so.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
 PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+
+# How byte-level tokens write their bytes: those that print as they are, the others, in order, from U+0100 on.
+PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTING} | {chr(0x100 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PRINTING}))}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -59,13 +63,13 @@ class HuggingFaceTokenizer(Tokenizer):
                         "they do not belong together, so copy the tokenizer's files again"
                     )
 
-    def num_bytes(self, token_id: int) -> int:
+    def token_bytes(self, token_id: int) -> bytes:
         name = self._tokenizer.id_to_token(token_id)
         if name is None or name in self.special_ids:
-            return 0
+            return b""
         if self._is_byte_level and token_id not in self._added:
-            return len(name)
-        return 1 if token_id in self.byte_fallback_ids else len(name.replace("\u2581", " ").encode())
+            return bytes(BYTE_OF_CHARACTER.get(character, ord("?")) for character in name)
+        return byte_of_name(name) if token_id in self.byte_fallback_ids else name.replace("\u2581", " ").encode()
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -41,8 +41,8 @@ class Llama3Tokenizer(Tokenizer):
             files={"tokenizer.model": data, **beside},
         )
 
-    def num_bytes(self, token_id: int) -> int:
-        return len(self._encoding.decode_single_token_bytes(token_id)) if token_id < self._num_ranks else 0
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._encoding.decode_single_token_bytes(token_id) if token_id < self._num_ranks else b""
 
     def _encode_text(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(map(self._encoding.encode_ordinary, _chunks(text))))

@@ -130,8 +130,12 @@ class Tokenizer(abc.ABC):
         return [*self._encode_text(first), *itertools.chain.from_iterable(encoded)]
 
     @abc.abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the UTF-8 bytes of a text that the token stands for, which may be a part of a character; none for special tokens."""
+
     def num_bytes(self, token_id: int) -> int:
-        """Returns how many UTF-8 bytes of a text the token stands for, a part of a character included; 0 for special tokens."""
+        """Returns how many bytes `token_bytes` has."""
+        return len(self.token_bytes(token_id))
 
     @abc.abstractmethod
     def _encode_text(self, text: str) -> list[int]: ...
@@ -181,3 +185,8 @@ def import_extra(module: str, what: str, extra: str = "tokenizers") -> ModuleTyp
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"reading {what} needs the package {module}: pip install 'herd-jax[{extra}]'") from error
+
+
+def byte_of_name(name: str) -> bytes:
+    """Returns the byte that a token of one byte is named after, such as "<0x0A>"."""
+    return bytes([int(name[3:5], 16)])

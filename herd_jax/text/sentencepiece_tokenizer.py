@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import sentencepiece
 
-from herd_jax.text.protocol import Tokenizer, added_tokens
+from herd_jax.text.protocol import Tokenizer, added_tokens, byte_of_name
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -30,12 +30,13 @@ class SentencePieceTokenizer(Tokenizer):
         self._added_pattern = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
         super().__init__(max([self._size - 1, *added]) + 1, special, bos_id, eos_id, pad_id, {"tokenizer.model": data, **beside})
 
-    def num_bytes(self, token_id: int) -> int:
+    def token_bytes(self, token_id: int) -> bytes:
         if token_id >= self._size:
-            return len(self._added.get(token_id, "").encode())
+            return self._added.get(token_id, "").encode()
         if self._processor.is_control(token_id):
-            return 0
-        return 1 if self._processor.is_byte(token_id) else len(self._processor.id_to_piece(token_id).replace("\u2581", " ").encode())
+            return b""
+        piece = self._processor.id_to_piece(token_id)
+        return byte_of_name(piece) if self._processor.is_byte(token_id) else piece.replace("\u2581", " ").encode()
 
     def _encode_text(self, text: str) -> list[int]:
         first, *rest = self._added_pattern.split(text) if self._added_pattern else [text]

@@ -35,8 +35,8 @@ class ByteTokenizer(Tokenizer):
         special_ids = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257, "<|pad|>": 258}
         super().__init__(259, special_ids, 256, 257, 258, {"tokenizer.bytes": BYTES_FILE, **beside})
 
-    def num_bytes(self, token_id: int) -> int:
-        return int(token_id < 256)
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
 
     def _encode_text(self, text: str) -> list[int]:
         return list(text.encode())

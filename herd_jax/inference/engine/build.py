@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from herd_jax.inference.engine.engine import Engine, bucket
 from herd_jax.inference.engine.layout import PageLayout
 from herd_jax.inference.engine.programs import Programs
 from herd_jax.inference.engine.replicas import Replicas, layouts_of, split_weights
+from herd_jax.inference.engine.speculative import Draft
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, is_declaration
 from herd_jax.text.tokenizer import Tokenizer
@@ -31,7 +33,7 @@ class EngineConfig:
     page_size: int = 64  # tokens of a page: what is shared is whole pages
     chunk_tokens: int | None = None  # of prompts, computed between two decode steps
     reserve: bool = True  # admit a request when there is room for its greatest length; false: as it grows
-    guesses: int = 0  # tokens guessed at each step, by looking up what followed the last two before; 0: none
+    guesses: int = 0  # tokens guessed at each step, by a draft model or else by looking up what followed the last two before; 0: none
     micro_batches: int | None = None  # that go through a pipeline at the same time; None: one for each rank
     strict: bool = False  # one shape of step: each answer's bits are the same whatever else is computed beside it
 
@@ -46,21 +48,48 @@ class EngineConfig:
             raise UserError("strict needs reserve, since what is computed twice may differ in its last bits: leave one of them out")
 
 
-def make_engine(
-    model: Llama, layout: Layout, dtype: jnp.dtype, weights, tokenizer: Tokenizer | None, context_length: int | None, config: EngineConfig
-) -> Engine | Replicas:
-    """Returns an engine; over dp one for each replica, behind one front. Raises UserError for a cache that does not fit."""
+class Parts(NamedTuple):
+    """A model as an engine needs it; `weights` as `Weights.apart` gives them."""
+
+    model: Llama
+    layout: Layout
+    dtype: jnp.dtype
+    weights: Any
+    tokenizer: Tokenizer | None
+    context_length: int | None
+
+
+def make_engine(parts: Parts, config: EngineConfig, draft: Parts | None = None) -> Engine | Replicas:
+    """Returns an engine; over dp one for each replica, behind one front. `draft`: a smaller model that guesses, on the same mesh. Raises UserError
+    for a cache that does not fit, and a draft that does not belong to the model."""
+    if draft is not None:
+        _check_draft(parts, draft, config)
+    model, layout, dtype, weights, tokenizer, context_length = parts
     if layout.mesh.shape["dp"] > 1 and jax.process_count() == 1:
-        parts = layouts_of(layout)
-        engines = [_make(model, part, dtype, tokenizer, context_length, config, len(parts)) for part in parts]
-        engine = Replicas(engines, functools.partial(split_weights, model, layout))
+        own = layouts_of(layout)
+        of_draft = layouts_of(draft.layout) if draft else own
+        pairs = [(parts._replace(layout=a), draft and draft._replace(layout=b)) for a, b in zip(own, of_draft)]
+        splits = [functools.partial(split_weights, part.model, part.layout) if part else None for part in (parts, draft)]
+        engine = Replicas([_make(*pair, config, len(own)) for pair in pairs], *splits)
     else:
-        engine = _make(model, layout, dtype, tokenizer, context_length, config, 1)
-    engine.hold(weights)
+        engine = _make(parts, draft, config, 1)
+    engine.hold(weights, draft and draft.weights)
     return engine
 
 
-def _make(model, layout, dtype, tokenizer, context_length, config: EngineConfig, num_replicas: int) -> Engine:
+def _check_draft(parts: Parts, draft: Parts, config: EngineConfig) -> None:
+    if (draft.layout.mesh.devices != parts.layout.mesh.devices).any():
+        raise UserError("the draft is on another mesh than the model: load it with the same one")
+    if draft.model.config.vocab_size != parts.model.config.vocab_size or (
+        draft.tokenizer and parts.tokenizer and draft.tokenizer.fingerprint != parts.tokenizer.fingerprint
+    ):
+        raise UserError("the draft has other tokens than the model, so its guesses say nothing: choose a draft with the same tokenizer")
+    if not config.guesses:
+        raise UserError("guesses is 0, so the draft would have nothing to do: set it to the number of tokens that it goes ahead, such as 4")
+
+
+def _make(parts: Parts, draft: Parts | None, config: EngineConfig, num_replicas: int) -> Engine:
+    model, layout, dtype, _, tokenizer, context_length = parts
     defaults = ON_CPU if layout.mesh.devices.flat[0].platform == "cpu" else ON_ACCELERATORS
     longest = context_length or UNKNOWN_LENGTH
     max_length = config.max_length or longest
@@ -68,7 +97,7 @@ def _make(model, layout, dtype, tokenizer, context_length, config: EngineConfig,
         raise UserError(f"max_length is {max_length}: the model's context holds {context_length}; set it to that or less")
     num_slots, page_size = config.max_sequences or defaults["max_sequences"], config.page_size
     room = _free_memory(layout) / num_replicas
-    per_page = page_size * token_bytes(model, layout, dtype)
+    per_page = page_size * (token_bytes(model, layout, dtype) + (token_bytes(draft.model, draft.layout, draft.dtype) if draft else 0))
     pages = lambda tokens: -(-tokens // page_size)
     wanted = num_slots * pages(max_length)
     most = int(room * (defaults["memory_share"] if config.max_tokens_in_cache is None else 1) / per_page) - 1
@@ -76,9 +105,10 @@ def _make(model, layout, dtype, tokenizer, context_length, config: EngineConfig,
     if num_pages > most or num_pages < 1:
         raise UserError(_too_large(layout, max(num_pages, 1) * per_page, room))
     chunk_tokens = min(config.chunk_tokens or defaults["chunk_tokens"], bucket(max_length))
-    num_ids = tokenizer.vocab_size if tokenizer else None
-    programs = Programs(model, layout, dtype, PageLayout(num_pages + 1, page_size), num_ids, config.guesses)
-    return Engine(programs, tokenizer, max_length, num_slots, chunk_tokens, config.reserve, config.micro_batches, config.strict)
+    num_ids, pages = tokenizer.vocab_size if tokenizer else None, PageLayout(num_pages + 1, page_size)
+    programs = Programs(model, layout, dtype, pages, num_ids, 0 if draft else config.guesses)
+    ahead = Draft(Programs(draft.model, draft.layout, draft.dtype, pages, num_ids), config.guesses) if draft else None
+    return Engine(programs, tokenizer, max_length, num_slots, chunk_tokens, config.reserve, config.micro_batches, config.strict, ahead)
 
 
 def token_bytes(model: Llama, layout: Layout, dtype) -> int:

@@ -4,6 +4,7 @@ A step dispatches the next forward while the tokens of the one before are still 
 the choice of the next tokens. So the device never waits for the host, and a sample that ends costs one row of one step.
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,12 +15,14 @@ import numpy as np
 
 from herd_jax.errors import UserError
 from herd_jax.inference.draw import NOT_FINITE
+from herd_jax.inference.engine.grammar import Guide, GrammarCompiler
 from herd_jax.inference.engine.layout import BIN
 from herd_jax.inference.engine.pages import PagePool
 from herd_jax.inference.engine.programs import Drawn, Job, Programs
 from herd_jax.inference.engine.requests import Answer, LogProb, Piece, Request
 from herd_jax.inference.engine.scheduler import Sample, Scheduler
 from herd_jax.inference.engine.slots import empty, row
+from herd_jax.inference.engine.speculative import Draft
 from herd_jax.inference.stopping import StopCondition
 from herd_jax.text.tokenizer import Tokenizer
 
@@ -57,8 +60,8 @@ class Lane:
 class Progress:
     """An answer so far."""
 
-    def __init__(self, ticket: int, number: int, request: Request, stop: StopCondition) -> None:
-        self.ticket, self.number, self.request, self.stop = ticket, number, request, stop
+    def __init__(self, ticket: int, number: int, request: Request, stop: StopCondition, guide: Guide | None) -> None:
+        self.ticket, self.number, self.request, self.stop, self.guide = ticket, number, request, stop, guide
         self.text: list[str] = []
         self.log_probs: list[LogProb] = []
         self.prompt_log_probs: list[LogProb] = []
@@ -67,12 +70,12 @@ class Progress:
 class Engine:
     """An engine for a model on a mesh. `max_length`: tokens of prompt and answer together; `num_slots`: samples at once; `chunk_tokens`: tokens of
     prompts that are computed between two decode steps; `reserve`: see `Scheduler`; `num_micro_batches`: those that go through the pipeline at a
-    time, one per rank by default; `strict`: each kind of step has one shape only, so that the bits of an answer do not depend on how much else is
+    time, one per rank by default; `draft`: a model that guesses; `strict`: each kind of step has one shape only, so that the bits of an answer do not depend on how much else is
     computed beside it, nor on where its prompt's beginning came from. One thread calls `step`; others may call `submit` and `abort`."""
 
     def __init__(
         self, programs: Programs, tokenizer: Tokenizer | None, max_length: int, num_slots: int, chunk_tokens: int = 256,
-        reserve: bool = True, num_micro_batches: int | None = None, strict: bool = False,
+        reserve: bool = True, num_micro_batches: int | None = None, strict: bool = False, draft: Draft | None = None,
     ) -> None:  # fmt: skip
         self.programs, self.tokenizer, self.num_slots, self.max_length, self.weights = programs, tokenizer, num_slots, max_length, None
         pages, num_ranks = programs.pages, programs.num_ranks
@@ -80,7 +83,8 @@ class Engine:
         self.size = self.max_pages * pages.page_size
         num_micro_batches = min(num_micro_batches or num_ranks, num_slots)
         pool = PagePool(pages.num_pages, pages.page_size)
-        self.scheduler = Scheduler(pool, num_slots, 1 + programs.num_guesses, reserve, num_micro_batches)
+        self.draft, self.num_guesses = draft, draft.num_guesses if draft else programs.num_guesses
+        self.scheduler = Scheduler(pool, num_slots, 1 + self.num_guesses, reserve, num_micro_batches)
         sizes = [tokens for tokens in (16, 64, 256, 1024, 4096) if tokens < chunk_tokens] + [chunk_tokens]
         self.least_rows = bucket(-(-num_slots // num_micro_batches)) if strict else 1
         self.chunks = [(1, chunk_tokens)] if strict else sorted({(rows, tokens) for tokens in sizes for rows in (1, min(max(1, 256 // tokens), bucket(num_slots)))})
@@ -95,9 +99,11 @@ class Engine:
         self._progress: dict[Sample, Progress] = {}
         self._samples: dict[int, list[Sample]] = {}
 
-    def hold(self, weights) -> None:
-        """Takes the weights to compute with, or lets go of them."""
+    def hold(self, weights, of_draft=None) -> None:
+        """Takes the weights to compute with, and those of the draft, or lets go of them."""
         self.weights = weights
+        if self.draft:
+            self.draft.weights = of_draft
 
     # --- requests
 
@@ -118,12 +124,20 @@ class Engine:
         out_of_range = [i for i in (*request.sampling.logit_bias, *request.sampling.stop_ids) if i >= vocab_size]
         if out_of_range:
             raise UserError(f"logit_bias or stop_ids name token {out_of_range[0]}: the model's ids go up to {vocab_size - 1}")
+        if request.grammar:
+            self._grammars.compile(request.grammar)
         page_size, most = self.scheduler.pool.page_size, self.scheduler.pool.num_pages - 1
         if -(-self._limit(request) // page_size) > most:
             raise UserError(
                 f"prompt and answer may take {self._limit(request)} tokens, and the cache holds {most * page_size}: ask for fewer new tokens, or give "
                 "the engine a larger max_tokens_in_cache"
             )
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer beside it, so no answer can follow a grammar: put the tokenizer's files into its directory")
+        return GrammarCompiler(self.tokenizer, self.programs.model.config.vocab_size)
 
     def _limit(self, request: Request) -> int:
         return min(self.max_length, len(request.prompt) + request.sampling.max_new_tokens)
@@ -167,7 +181,8 @@ class Engine:
             finds = not request.scores_prompt
             sample = Sample(list(request.prompt), limit, request.salt, finds, request.scores_prompt and number == request.first_sample, prompt)
             stop = StopCondition(self.tokenizer, request.sampling, limit - len(request.prompt))
-            self._progress[sample] = Progress(ticket, number, request, stop)
+            guide = self._grammars.compile(request.grammar) if request.grammar else None
+            self._progress[sample] = Progress(ticket, number, request, stop, guide)
             self._samples.setdefault(ticket, []).append(sample)
             self.scheduler.add([sample])
 
@@ -203,15 +218,15 @@ class Engine:
         request = progress.request
         return row(
             request.sampling, sample.ids, sample.num_prompt, sample.limit, sample.pages, self.size, self.max_pages, sample.computed, progress.number,
-            request.speculates,
+            request.speculates and request.grammar is None,
         )  # fmt: skip
 
     def _decode(self):
         """Dispatches a decode step of the samples whose turn it is; returns what left the pipeline."""
         lane, turn = self._decoding, next(self._turns)
         samples = self.scheduler.ready(turn) if turn < self.scheduler.num_micro_batches else []
-        verifies = self.programs.num_guesses and (self._guesses_found or self.programs.num_ranks > 1 or self.least_rows > 1)
-        tokens, what = (1 + self.programs.num_guesses, "all") if verifies else (1, "last")
+        verifies = self.num_guesses and (self._guesses_found or self.draft or self.programs.num_ranks > 1 or self.least_rows > 1)
+        tokens, what = (1 + self.num_guesses, "all") if verifies else (1, "last")
         if not lane.is_empty and (lane.shape[1] != tokens or len(samples) > lane.shape[0]):
             return self._tick(lane, lane.shape, [])  # what is under way leaves first
         if not self.scheduler.reserve:
@@ -255,6 +270,8 @@ class Engine:
         self.pools, self.slots, lane.carries[shape], job, found = forward(self.weights, self.pools, self.slots, carry, programs.put(numbers))
         for entered in rows:
             self.scheduler.in_flight[entered.slot] += 1
+        if self.draft and lane is self._prefilling:
+            self.draft.follow(self.slots, job, shape[1])
         lane.under_way.append(rows)
         left = lane.under_way.popleft()
         for leaving in left or ():
@@ -291,18 +308,33 @@ class Engine:
         if copies:
             sources, targets = np.full((2, bucket(len(copies))), BIN, np.int32)
             sources[: len(copies)], targets[: len(copies)] = zip(*copies)
-            self.pools = self.programs.copy_pages(self.pools, put(sources), put(targets))
+            sources, targets = put(sources), put(targets)
+            self.pools = self.programs.copy_pages(self.pools, sources, targets)
+            if self.draft:
+                self.draft.copy_pages(sources, targets)
         self._sample(job, found, np.array(places + [0] * (bucket(len(first)) - len(first)), np.int32), first)
 
     def _sample(self, job: Job, logits, places: np.ndarray, rows: list[Row]) -> None:
         put = self.programs.put
-        numbers = self._numbers(rows, len(places))
-        self.slots, drawn = self.programs.sample(self.slots, job, logits, put(places), put(numbers), None)
+        numbers = put(self._numbers(rows, len(places)))
+        self.slots, drawn = self.programs.sample(self.slots, job, logits, put(places), numbers, self._mask(rows, len(places)))
+        if self.draft:
+            self.slots = self.draft.guess(self.slots, numbers)
         drawn.ids.copy_to_host_async()
         living = [(i, row) for i, row in enumerate(rows) if row.lives]
         for _, row in living:
             row.sample.unseen += 1
         self._drawn.append((drawn, living))
+
+    def _mask(self, rows: list[Row], number: int) -> jax.Array | None:
+        """Returns the bits of the ids that may come in each row, where there is a grammar at all."""
+        guides = {i: self._progress[row.sample].guide for i, row in enumerate(rows) if row.lives and self._progress[row.sample].guide}
+        if not guides:
+            return None
+        mask = np.full((number, self._grammars.num_words), 2**32 - 1, np.uint32)
+        for i, guide in guides.items():
+            mask[i] = guide.mask()
+        return self.programs.put(mask)
 
     # --- what the host sees
 
@@ -333,7 +365,10 @@ class Engine:
             sample.ids.append(token)
             texts.append(progress.stop.push(token))
             used += 1
-            if progress.stop.ended:
+            if progress.guide:
+                progress.guide.take(token)
+            if progress.stop.ended or (progress.guide and progress.guide.has_ended):
+                progress.stop.reason = progress.stop.reason or "stop"
                 break
         log_probs = self._log_probs(sample, drawn, i, drawn.ids, used) if progress.request.sampling.log_probs is not None else []
         progress.log_probs += log_probs

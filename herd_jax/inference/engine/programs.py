@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from herd_jax.inference.draw import among, choose, kept, penalised, scaled
 from herd_jax.inference.engine.layout import POOL_SPEC, PageLayout, Places, Pool
-from herd_jax.inference.engine.slots import Slots, counts, empty
+from herd_jax.inference.engine.slots import Slots, counts, empty, look_up
 from herd_jax.inference.sampling import MAX_LOG_PROBS
 from herd_jax.inference.weights import apart_specs
 from herd_jax.mesh import on_mesh
@@ -113,22 +113,21 @@ class Programs:
     def _forward(self, num_rows: int, num_tokens: int, what: str):
         def run(weights, pools, slots, carry, entering_B):
             job, slots = self._enter(slots, entering_B, num_tokens)
-            ids_BT = slots.tokens[job.slot_B[:, None], jnp.minimum(job.start_B[:, None] + jnp.arange(num_tokens), slots.tokens.shape[1] - 1)]
-            x_BTD = self.model.embedding(weights["ends"])(self._own(ids_BT), tensor.WHOLE_SEQUENCE)
+            x_BTD = self.embed(weights, slots, job, num_tokens)
             if carry is not None:
                 carry, first = jax.tree.map(lambda a: a[0], carry), lax.axis_index("pp") == 0
                 x_BTD, job = jax.tree.map(lambda new, old: jnp.where(first, new, old), (x_BTD, job), tuple(carry))
-            x_BTD, pools = self._layers(weights, pools, slots, job, x_BTD, num_tokens)
+            x_BTD, pools = self.layers(weights, pools, slots, job, x_BTD, num_tokens)
             if carry is not None:
                 carry = jax.tree.map(lambda a: collectives.shift(a, "pp", 1)[None], Carry(x_BTD, job))
                 job = self._from_last(job)
-            return pools, slots, carry, job, getattr(self, f"_{what}")(weights, slots, job, x_BTD, num_tokens)
+            return pools, slots, carry, job, getattr(self, what)(weights, slots, job, x_BTD, num_tokens)
 
         found = (EVERYWHERE, Drawn(*[EVERYWHERE] * 3)) if what == "prompt" else EVERYWHERE
         carry = Carry(PartitionSpec("pp"), Job(*[PartitionSpec("pp")] * 3)) if self.num_ranks > 1 else None
-        pools, slots, job = self._pool_specs, _slots_specs(), Job(*[EVERYWHERE] * 3)
+        pools, slots, job = self.pool_specs, slots_specs(), Job(*[EVERYWHERE] * 3)
         specs = (self.weight_specs, pools, slots, carry, EVERYWHERE), (pools, slots, carry, job, found)
-        return self._jit(run, *specs, donate_argnums=(1, 2, 3))
+        return self.jit(run, *specs, donate_argnums=(1, 2, 3))
 
     def _enter(self, slots: Slots, slot_B, num_tokens: int) -> tuple[Job, Slots]:
         """Returns the job of what is known and not computed, and the slots with it as computed."""
@@ -136,7 +135,12 @@ class Programs:
         count_B = jnp.clip(slots.length[slot_B] + slots.drafted[slot_B] - start_B, 0, num_tokens)
         return Job(slot_B, start_B, count_B), slots._replace(computed=slots.computed.at[slot_B].add(count_B))
 
-    def _layers(self, weights, pools: list[Pool], slots: Slots, job: Job, x_BTD, num_tokens: int):
+    def embed(self, weights, slots: Slots, job: Job, num_tokens: int):
+        """Returns the embedded tokens of a job, those of this cp rank."""
+        index_BT = jnp.minimum(job.start_B[:, None] + jnp.arange(num_tokens), slots.tokens.shape[1] - 1)
+        return self.model.embedding(weights["ends"])(self._own(slots.tokens[job.slot_B[:, None], index_BT]), tensor.WHOLE_SEQUENCE)
+
+    def layers(self, weights, pools: list[Pool], slots: Slots, job: Job, x_BTD, num_tokens: int):
         """Runs the layers of this rank's stage; they read and write the pools."""
         places = Places(slots.table[job.slot_B], job.start_B, job.count_B)
         split, stage = self._share(num_tokens) < num_tokens, lax.axis_index("pp")
@@ -162,7 +166,8 @@ class Programs:
             x_BTD = runs[0](new_BTD) if len(runs) == 1 else lax.switch(kind_of_stage[stage], runs, new_BTD)
         return x_BTD, pools
 
-    def _last(self, weights, slots, job: Job, x_BTD, num_tokens: int):
+    def last(self, weights, slots, job: Job, x_BTD, num_tokens: int):
+        """Returns the logits after the last token of each row, FP32 [B, V]."""
         index_B = jnp.clip(job.count_B - 1, 0, num_tokens - 1)
         if self._share(num_tokens) < num_tokens:
             index_B = index_B - lax.axis_index("cp") * x_BTD.shape[1]
@@ -171,27 +176,28 @@ class Programs:
             x_BD = collectives.all_reduce(jnp.where(mine_B[:, None], x_BD, 0), "cp")
         else:
             x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], 1)[:, 0]
-        return self._logits(weights, self._from_last(x_BD)[:, None])[:, 0]
+        return self.logits(weights, self._from_last(x_BD)[:, None])[:, 0]
 
-    def _all(self, weights, slots, job: Job, x_BTD, num_tokens: int):
-        return self._logits(weights, self._from_last(self._whole(x_BTD, num_tokens)))
+    def all(self, weights, slots, job: Job, x_BTD, num_tokens: int):
+        """Returns the logits after each token, FP32 [B, T, V]."""
+        return self.logits(weights, self._from_last(self._whole(x_BTD, num_tokens)))
 
-    def _prompt(self, weights, slots: Slots, job: Job, x_BTD, num_tokens: int) -> tuple[jax.Array, Drawn]:
-        """Returns what `_last` does, and the log-probabilities of the tokens that follow, with a few tokens' logits at a time."""
-        logits_BV = self._last(weights, slots, job, x_BTD, num_tokens)
+    def prompt(self, weights, slots: Slots, job: Job, x_BTD, num_tokens: int) -> tuple[jax.Array, Drawn]:
+        """Returns what `last` does, and the log-probabilities of the tokens that follow, with a few tokens' logits at a time."""
+        logits_BV = self.last(weights, slots, job, x_BTD, num_tokens)
         x_BTD = self._from_last(self._whole(x_BTD, num_tokens))
         next_BT = jnp.minimum(job.start_B[:, None] + 1 + jnp.arange(num_tokens), slots.tokens.shape[1] - 1)
         target_BT = slots.tokens[job.slot_B[:, None], next_BT]
 
         def one(piece):
             x_BD, target_B = piece
-            logits_BV = self._logits(weights, x_BD[:, None])[:, 0]
+            logits_BV = self.logits(weights, x_BD[:, None])[:, 0]
             return _log_p(logits_BV, logits_BV, target_B)
 
         log_p, likeliest = lax.map(one, (x_BTD.swapaxes(0, 1), target_BT.T), batch_size=max(1, 16 // len(target_BT)))
         return logits_BV, Drawn(target_BT, log_p.swapaxes(0, 1), likeliest.swapaxes(0, 1))
 
-    def _logits(self, weights, x_BTD: jax.Array) -> jax.Array:
+    def logits(self, weights, x_BTD: jax.Array) -> jax.Array:
         """Returns the logits, FP32 [B, T, V]."""
         head, output_DV = self.model.head(weights["ends"])
         hidden_BTD = head.hidden(x_BTD, tensor.WHOLE_SEQUENCE)
@@ -237,7 +243,8 @@ class Programs:
             known_drawn_AT = slots.tokens.at[slot_A[:, None], position_AT].get(mode="fill", fill_value=0)
 
             flat_Q = jnp.repeat(slot_A, T)
-            drawn = self._draw(slots, flat_Q, position_AT.reshape(-1), logits_ATV.reshape(-1, V), mask_AW)
+            mask_QW = None if mask_AW is None else jnp.repeat(mask_AW, T, 0)  # with guesses, of which a masked row has none
+            drawn = self.draw(slots, flat_Q, position_AT.reshape(-1), logits_ATV.reshape(-1, V), mask_QW)
             ids_AT, log_p, likeliest = (a.reshape(A, T, *a.shape[1:]) for a in drawn)
             right_AT = (ids_AT == known_drawn_AT) & (index_T < count_A[:, None] - 1)
             number_A = 1 + jnp.cumprod(right_AT, 1).sum(1)
@@ -245,15 +252,15 @@ class Programs:
             drawn_A = (count_A > 0) & (position_AT[:, 0] == known_A) & (slot_A < len(slots.length) - 1)
             number_A = jnp.where(drawn_A, number_A, 0)
             slots = self._append(slots, slot_A, position_AT, ids_AT, number_A)
-            slots, drafted_A = self._look_up(slots, slot_A)
+            slots, drafted_A = look_up(slots, slot_A, self.num_guesses)
             return slots, Drawn(jnp.concatenate([ids_AT, number_A[:, None], drafted_A[:, None]], 1), log_p, likeliest)
 
-        slots, job = _slots_specs(), Job(*[EVERYWHERE] * 3)
-        make = lambda mask: self._jit(run, (slots, job, *[EVERYWHERE] * 3, mask), (slots, Drawn(*[EVERYWHERE] * 3)), donate_argnums=0)
+        slots, job = slots_specs(), Job(*[EVERYWHERE] * 3)
+        make = lambda mask: self.jit(run, (slots, job, *[EVERYWHERE] * 3, mask), (slots, Drawn(*[EVERYWHERE] * 3)), donate_argnums=0)
         free, masked = make(None), make(EVERYWHERE)
         return lambda *args: (free if args[-1] is None else masked)(*args)
 
-    def _draw(self, slots: Slots, slot_Q, position_Q, logits_QV, mask_QW):
+    def draw(self, slots: Slots, slot_Q, position_Q, logits_QV, mask_QW):
         """Returns ids [Q] for the positions of slots, their log-probabilities, and the likeliest ids."""
         pick = lambda tree: jax.tree.map(lambda a: a[slot_Q], tree)
         V = logits_QV.shape[-1]
@@ -284,23 +291,6 @@ class Programs:
         set_to = lambda a, value: a.at[change_A].set(value, mode="drop")
         return slots._replace(tokens=tokens, length=set_to(slots.length, length_A), computed=set_to(slots.computed, length_A - 1))
 
-    def _look_up(self, slots: Slots, slot_A) -> tuple[Slots, jax.Array]:
-        """Returns the slots with guesses behind their tokens, and how many: what followed the last two tokens when they came before, the last time."""
-        if not self.num_guesses:
-            return slots, jnp.zeros_like(slot_A)
-        tokens_AS, length_A1, index_S = slots.tokens[slot_A], slots.length[slot_A][:, None], jnp.arange(slots.tokens.shape[1])
-        last = lambda back: jnp.take_along_axis(tokens_AS, jnp.maximum(length_A1 - back, 0), 1)
-        same_AS = (tokens_AS == last(1)) & (jnp.roll(tokens_AS, 1, 1) == last(2)) & (index_S >= 1) & (index_S < length_A1 - 1)
-        found_A1 = jnp.where(same_AS, index_S, -1).max(1, keepdims=True)
-        room_A1 = jnp.minimum(slots.limit[slot_A][:, None] - length_A1 - 1, length_A1 - 1 - found_A1)
-        wanted_A1 = (found_A1 >= 0) & slots.speculates[slot_A][:, None]
-        drafted_A = jnp.where(wanted_A1, jnp.clip(room_A1, 0, self.num_guesses), 0)[:, 0]
-        step_G = jnp.arange(self.num_guesses)
-        guess_AG = jnp.take_along_axis(tokens_AS, jnp.minimum(found_A1 + 1 + step_G, len(index_S) - 1), 1)
-        column_AG = jnp.where(step_G < drafted_A[:, None], length_A1 + step_G, len(index_S))
-        tokens = slots.tokens.at[slot_A[:, None], column_AG].set(guess_AG, mode="drop")
-        return slots._replace(tokens=tokens, drafted=slots.drafted.at[slot_A].set(drafted_A)), drafted_A
-
     # --- changes of the state
 
     @functools.cached_property
@@ -310,13 +300,13 @@ class Programs:
         def run(slots, slot_A, rows):
             return jax.tree.map(lambda a, new: a.at[slot_A].set(new, mode="drop"), slots, rows)
 
-        return self._jit(run, (_slots_specs(), EVERYWHERE, _slots_specs()), _slots_specs(), donate_argnums=0)
+        return self.jit(run, (slots_specs(), EVERYWHERE, slots_specs()), slots_specs(), donate_argnums=0)
 
     @functools.cached_property
     def set_tables(self):
         """Returns the function (slots, numbers [A], tables [A, N]) -> slots that gives slots their pages."""
         run = lambda slots, slot_A, table_AN: slots._replace(table=slots.table.at[slot_A].set(table_AN, mode="drop"))
-        return self._jit(run, (_slots_specs(), EVERYWHERE, EVERYWHERE), _slots_specs(), donate_argnums=0)
+        return self.jit(run, (slots_specs(), EVERYWHERE, EVERYWHERE), slots_specs(), donate_argnums=0)
 
     @functools.cached_property
     def copy_pages(self):
@@ -325,21 +315,21 @@ class Programs:
         def run(pools, source_A, target_A):
             return [self.pages.copy(pool, source_A, target_A) for pool in pools]
 
-        return self._jit(run, (self._pool_specs, EVERYWHERE, EVERYWHERE), self._pool_specs, donate_argnums=0)
+        return self.jit(run, (self.pool_specs, EVERYWHERE, EVERYWHERE), self.pool_specs, donate_argnums=0)
 
     @functools.cached_property
     def weight_specs(self):
         return apart_specs(self.model, self.layout)
 
     @property
-    def _pool_specs(self):
+    def pool_specs(self):
         return [Pool(POOL_SPEC, POOL_SPEC)] * self.num_layer_slots
 
-    def _jit(self, function, in_specs, out_specs, **options):
+    def jit(self, function, in_specs, out_specs, **options):
         return on_mesh(function, self.layout.mesh, in_specs, out_specs, self.dtype, **options)
 
 
-def _slots_specs() -> Slots:
+def slots_specs() -> Slots:
     return jax.tree.map(lambda _: EVERYWHERE, empty(1, 1, 1))
 
 

@@ -20,16 +20,18 @@ MOST_AHEAD = 2  # requests that a replica may have beyond the least loaded one, 
 class Replicas:
     """Does what `Engine` does, with several."""
 
-    def __init__(self, engines: list[Engine], split) -> None:
-        self.engines, self._split = engines, split
+    def __init__(self, engines: list[Engine], split, split_draft=None) -> None:
+        self.engines, self._split, self._split_draft = engines, split, split_draft
         self._tickets = itertools.count()
         self._where: dict[int, tuple[Engine, int]] = {}
         self._names: dict[tuple[int, int], int] = {}
 
-    def hold(self, weights) -> None:
-        """Takes the weights of the whole mesh to compute with, or lets go of them."""
-        for engine, own in zip(self.engines, self._split(weights) if weights is not None else itertools.repeat(None)):
-            engine.hold(own)
+    def hold(self, weights, of_draft=None) -> None:
+        """Takes the weights of the whole mesh to compute with, and those of the draft, or lets go of them."""
+        own = self._split(weights) if weights is not None else itertools.repeat(None)
+        drafts = self._split_draft(of_draft) if of_draft is not None else itertools.repeat(None)
+        for engine, *of_engine in zip(self.engines, own, drafts):
+            engine.hold(*of_engine)
 
     def submit(self, request: Request) -> int:
         engine = self._choose(request)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from herd_jax.errors import UserError
+from herd_jax.inference.engine.grammar import Grammar
 from herd_jax.inference.sampling import Sampling
 
 
@@ -13,7 +14,7 @@ class Request:
     """A prompt and how its answers are drawn.
 
     `prompt`: ids. `num_samples` answers are drawn, numbered from `first_sample` on: an answer depends on the seed and its number. `scores_prompt`:
-    the log-probabilities of the prompt's own tokens are wanted; such a prompt is computed whole. `salt`: requests of different salts share no
+    the log-probabilities of the prompt's own tokens are wanted; such a prompt is computed whole. `grammar`: what the answers must follow. `salt`: requests of different salts share no
     pages. `speculates`: tokens may be guessed and verified, which changes the speed and not the text.
     """
 
@@ -22,6 +23,7 @@ class Request:
     num_samples: int = 1
     first_sample: int = 0
     scores_prompt: bool = False
+    grammar: Grammar | None = None
     salt: str = ""
     speculates: bool = True
 

@@ -57,6 +57,30 @@ def row(
     )  # fmt: skip
 
 
+def look_up(slots: Slots, slot_A: jax.Array, num_guesses: int) -> tuple[Slots, jax.Array]:
+    """Returns slots with guesses behind their tokens, and how many: what followed the last two tokens when they came before, the last time. Where
+    the text ends before there are enough, it is taken to go on as it did since then."""
+    if not num_guesses:
+        return slots, jnp.zeros_like(slot_A)
+    tokens_AS, length_A1, index_S = slots.tokens[slot_A], slots.length[slot_A][:, None], jnp.arange(slots.tokens.shape[1])
+    last = lambda back: jnp.take_along_axis(tokens_AS, jnp.maximum(length_A1 - back, 0), 1)
+    same_AS = (tokens_AS == last(1)) & (jnp.roll(tokens_AS, 1, 1) == last(2)) & (index_S >= 1) & (index_S < length_A1 - 1)
+    found_A1 = jnp.where(same_AS, index_S, -1).max(1, keepdims=True)
+    drafted_A = jnp.where(found_A1[:, 0] >= 0, num_guessed(slots, slot_A, num_guesses), 0)
+    step_G = jnp.arange(num_guesses)
+    period_A1 = jnp.maximum(length_A1 - 1 - found_A1, 1)
+    guess_AG = jnp.take_along_axis(tokens_AS, jnp.minimum(found_A1 + 1 + step_G % period_A1, len(index_S) - 1), 1)
+    column_AG = jnp.where(step_G < drafted_A[:, None], length_A1 + step_G, len(index_S))
+    tokens = slots.tokens.at[slot_A[:, None], column_AG].set(guess_AG, mode="drop")
+    return slots._replace(tokens=tokens, drafted=slots.drafted.at[slot_A].set(drafted_A)), drafted_A
+
+
+def num_guessed(slots: Slots, slot_A: jax.Array, most_A: jax.Array | int) -> jax.Array:
+    """Returns how many tokens may be guessed: no more than `most_A`, none where none are wanted, and one less than there is room for."""
+    room_A = slots.limit[slot_A] - slots.length[slot_A] - 1
+    return jnp.where(slots.speculates[slot_A], jnp.clip(room_A, 0, most_A), 0)
+
+
 def counts(tokens_S: jax.Array, num_prompt: jax.Array, length: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
     """Returns which ids stand in the first `length` tokens, bool [V], and how often each stands in the answer among them, FP32 [V]."""
     index_S = jnp.arange(len(tokens_S))
