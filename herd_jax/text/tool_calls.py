@@ -78,6 +78,25 @@ def read_calls(text: str, is_tagged: bool) -> tuple[str, tuple[ToolCall, ...]]:
     return ("", (ToolCall(CODE_INTERPRETER, {"code": text}),)) if is_tagged else (text, ())
 
 
+def read_tagged_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """Returns the text before the calls and the calls in what an assistant wrote in the format of Hermes, which many chat templates have: JSON
+    objects, or lists of them, each between <tool_call> and </tool_call>. The last closing tag may be missing."""
+    content, *blocks = text.split("<tool_call>")
+    calls: list[ToolCall] = []
+    for block in blocks:
+        inside, _, rest = block.partition("</tool_call>")
+        try:
+            found = json.loads(inside)
+        except (ValueError, RecursionError):
+            return text, ()
+        several = [_read_json(json.dumps(one)) for one in (found if isinstance(found, list) else [found])]
+        if rest.strip() or not all(several):
+            return text, ()
+        calls += [call for one in several for call in one]
+    checked = _checked(tuple(calls))
+    return (content.rstrip(), checked) if checked else (text, ())
+
+
 def _checked(calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
     """Returns the calls, and nothing where their arguments are not JSON (Python has bytes, and 1e999 is infinite): such calls could not be
     written again."""
