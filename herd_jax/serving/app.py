@@ -53,6 +53,7 @@ class Server:
             Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
             Route("/v1/embeddings", self._guarded(self.embed), methods=["POST"]),
             Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
+            Route("/tokenizer_info", self._guarded(self.tokenizer_info)),
             Route("/detokenize", self._guarded(self.detokenize), methods=["POST"]),
         ]  # fmt: skip
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
@@ -178,6 +179,13 @@ class Server:
             raise bad(f"'tokens' has {outside[0]}: the tokenizer has ids from 0 to {tokenizer.vocab_size - 1}", "tokens", "invalid_value")
         text = tokenizer.decode(ids)
         return JSONResponse({"prompt": text, "content": text})
+
+    async def tokenizer_info(self, request: Request, account: Account) -> Response:
+        name = request.query_params.get("model")
+        tokenizer = self._model({"model": name} if name else {}, account).model.text_tokenizer()
+        names = {i: special for special, i in tokenizer.special_ids.items()}
+        kinds = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        return JSONResponse({kind: names.get(i) for kind, i in kinds.items()} | {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size})
 
     async def list_models(self, request: Request, account: Account) -> Response:
         cards = [

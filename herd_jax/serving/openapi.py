@@ -52,6 +52,7 @@ def document(has_keys: bool) -> dict[str, Any]:
         "/v1/chat/completions": post("Answers a dialog.", CHAT, ANSWER, streams=True),
         "/tokenize": post("Turns text or a dialog into token ids.", TOKENIZE, numbers),
         "/detokenize": post("Turns token ids into text.", DETOKENIZE, text),
+        "/tokenizer_info": get("Tells of the tokenizer.", {"application/json": {"schema": {"type": "object"}}}),
         "/health": get("Says whether requests are taken.", {"application/json": {"schema": {"type": "object"}}}),
         "/metrics": get("Gives figures for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}),
     }
