@@ -17,15 +17,16 @@ BACKLOG = 2048
 
 def listen(host: str, port: int) -> socket.socket:
     """Returns a socket that listens. Raises UserError where that cannot be."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"port is {port}: it must be from 0, which takes any that is free, to {2**16 - 1}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen(BACKLOG)  # who comes before the server is ready waits
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot listen on {host} port {port} ({reason}): choose another with --host and --port") from error
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): choose another with --host and --port") from error
     return bound
 
 
