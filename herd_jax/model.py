@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from herd_jax.errors import UserError
 from herd_jax.inference.engine.build import EngineConfig, Parts, make_engine
-from herd_jax.inference.engine.engine import Engine, bucket
+from herd_jax.inference.engine.engine import Engine
+from herd_jax.inference.engine.worker import bucket
 from herd_jax.inference.engine.replicas import Replicas
 from herd_jax.inference.engine.requests import Answer, Piece, Request
 from herd_jax.inference.sampling import Sampling, several
