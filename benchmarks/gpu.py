@@ -7,7 +7,8 @@
 2. train: a step of llama3.2-1b on rows of 8,192 packed tokens against transformers under torch.compile (left out where torch is missing):
    tokens/s, MFU, the seconds that `compile_for_gpu.py` estimates of the program, and memory as the planner says, as compiled and as used.
 3. fp8: whether the compiled feed-forward of an 8B model multiplies in FP8 (in the HLO), and its speed on 4,096 tokens against BF16.
-4. decode: tokens/s of llama3.2-1b one by one, and the share of the memory's bandwidth that reading the weights takes.
+4. decode: tokens/s of llama3.2-1b with 1 to 256 answers at a time, and the share of the memory's bandwidth that reading the weights takes.
+5. prefill: a prompt of 4,096 tokens in a model of 8B's shape, in BF16 and with an FP8 feed-forward.
 
 Where no GPU is, the same runs with tiny shapes, to see that it runs. A part that fails says so in its place, and the exit status is 1.
 """
@@ -44,10 +45,14 @@ class Sizes:
     fp8: tuple[int, int, int]  # tokens, dim, ffn dim
     new_tokens: int
     repeats: int
+    batches: tuple[int, ...]  # answers that are decoded at the same time
+    prefill_model: str
+    prefill_layers: int | None
+    prefill_tokens: int
 
 
-GPU = Sizes("llama3.2-1b", "bfloat16", 8192, 8, (32, 8, 128), 4096, (4096, 4096, 14336), 128, 10)
-TINY = Sizes("llama-tiny", "float32", 64, 2, (4, 2, 16), 64, (32, 64, 128), 8, 2)
+GPU = Sizes("llama3.2-1b", "bfloat16", 8192, 8, (32, 8, 128), 4096, (4096, 4096, 14336), 128, 10, (1, 8, 32, 128, 256), "llama3-8b", None, 4096)
+TINY = Sizes("llama-tiny", "float32", 64, 2, (4, 2, 16), 64, (32, 64, 128), 8, 2, (1, 8), "llama-tiny", None, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +66,9 @@ class Row:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="attention, train, fp8, decode; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="attention, train, fp8, decode, prefill; default: all")
     args = parser.parse_args()
-    parts = {"attention": attention, "train": train, "fp8": fp8, "decode": decode}
+    parts = {"attention": attention, "train": train, "fp8": fp8, "decode": decode, "prefill": prefill}
     if unknown := set(args.parts) - set(parts):
         parser.error(f"there is no part {', '.join(sorted(unknown))}: the parts are {', '.join(parts)}")
     import jax
@@ -248,37 +253,65 @@ def fp8(sizes: Sizes) -> Iterator[Row]:
     yield Row("fp8 feed-forward", {"fp8_gemms": num_fp8, "ratio": seconds["bf16"] / seconds["fp8"], **rates, "difference": difference}, good)
 
 
-def decode(sizes: Sizes) -> Iterator[Row]:
+def random_model(name: str, dtype: str, fp8: bool = False, max_layers: int | None = None):
+    """Returns a model with random weights, and the bytes that a token's step reads of them."""
     import jax
     import jax.numpy as jnp
 
-    from herd_jax.inference.sampling import Sampling
-    from herd_jax.machines.hardware import HARDWARE
     from herd_jax.mesh import MeshConfig, make_mesh
     from herd_jax.model import Model
     from herd_jax.models.config import MODELS
+    from herd_jax.models.fp8 import Fp8Config
     from herd_jax.models.llama import Llama
     from herd_jax.models.params import Layout, is_declaration
     from herd_jax.text.tokenizer import load_tokenizer
 
-    config, dtype = MODELS[sizes.model], jnp.dtype(sizes.dtype)
+    config, dtype = MODELS[name], jnp.dtype(dtype)
+    config = dataclasses.replace(config, num_layers=min(config.num_layers, max_layers or config.num_layers), fp8=Fp8Config() if fp8 else None)
     layout, llama = Layout.make(make_mesh(MeshConfig(dp=1), jax.devices()[:1]), config.num_layers), Llama.make(config, "blockwise")
     key = jax.random.key(0)
-    params = jax.tree.map(lambda d: (jax.random.normal(key, layout.stored_shape(d)) * 0.02).astype(dtype), llama.declared, is_leaf=is_declaration)
-    model = Model.of(llama, layout, params, load_tokenizer("bytes"), None, dtype.type)
+    make = lambda d: (jax.random.normal(key, layout.stored_shape(d)) * 0.02).astype(d.dtype or dtype)
+    params = jax.tree.map(make, llama.declared, is_leaf=is_declaration)
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - (0 if config.tie_embeddings else config.dim * config.vocab_size * dtype.itemsize)
+    return Model.of(llama, layout, params, load_tokenizer("bytes"), None, dtype.type), read
+
+
+def decode(sizes: Sizes) -> Iterator[Row]:
+    import jax
+
+    from herd_jax.inference.engine.requests import Request
+    from herd_jax.inference.sampling import Sampling
+    from herd_jax.machines.hardware import HARDWARE
+
+    model, read = random_model(sizes.model, sizes.dtype)
     name = next((name for name in HARDWARE if name in jax.devices()[0].device_kind.lower()), None)
-    for batch in (1, 8):
-        rows = [[1] * 32] * batch
+    engine = model.engine(max_sequences=max(sizes.batches), max_length=32 + sizes.new_tokens, max_tokens_in_cache=max(sizes.batches) * (160 + sizes.new_tokens))
+    for batch in sizes.batches:
 
-        def generate(rows=rows):
-            return [ids for ids in model._steps(rows, sizes.new_tokens, Sampling(sizes.new_tokens))][-1]
+        def generate(new_tokens, batch=batch):
+            requests = [Request([1] * 31 + [i % 200], Sampling(new_tokens, ignore_eos=True), salt=str(time.perf_counter_ns())) for i in range(batch)]
+            return [answer.ids for answer in engine.generate(requests)]
 
-        seconds = seconds_of(generate, max(2, sizes.repeats // 3)) / sizes.new_tokens
+        whole, first = (seconds_of(functools.partial(generate, number), max(2, sizes.repeats // 3)) for number in (sizes.new_tokens, 1))
+        seconds = (whole - first) / (sizes.new_tokens - 1)
         values = {"tokens_per_second": batch / seconds, "gb_per_second": read / seconds / 1e9}
         if name:
             values["bandwidth_share"] = read / seconds / HARDWARE[name].memory_bandwidth
         yield Row(f"decode {sizes.model}, batch {batch}", values)
+
+
+def prefill(sizes: Sizes) -> Iterator[Row]:
+    from herd_jax.inference.engine.requests import Request
+    from herd_jax.inference.sampling import Sampling
+
+    taken = {}
+    for kind in ("bf16", "fp8"):
+        model, _ = random_model(sizes.prefill_model, sizes.dtype, kind == "fp8", sizes.prefill_layers)
+        engine = model.engine(max_sequences=1, max_length=sizes.prefill_tokens + 16, chunk_tokens=sizes.prefill_tokens)
+        ask = lambda: list(engine.generate([Request([1] * sizes.prefill_tokens, Sampling(1), salt=str(time.perf_counter_ns()))]))
+        taken[kind] = seconds_of(ask, max(2, sizes.repeats // 3))
+    values = {f"{kind}_tokens_per_second": sizes.prefill_tokens / seconds for kind, seconds in taken.items()}
+    yield Row(f"prefill {sizes.prefill_model}, {sizes.prefill_tokens} tokens", values | {"ratio": taken["bf16"] / taken["fp8"]})
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     engine.add_argument("--max-sequences", type=int, help="answers that are computed at the same time")
     engine.add_argument("--max-length", type=int, help="tokens of a prompt with its answer; default: the model's context")
     engine.add_argument("--strict", action="store_true", help="the bits of an answer never depend on what else is computed")
+    engine.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="compile when a request needs it, not before the first one")
     engine.add_argument("--grow", action="store_true", help="admit requests before there is room for their greatest length")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-requests", type=int, default=512, help="answers of a model that are computed or wait; more get 429")
@@ -73,12 +74,12 @@ def serve(args: argparse.Namespace) -> None:
         raise UserError("two models have the same name: give each its own, as --model NAME=PATH")
     models = []
     for i, (name, path) in enumerate(named):
-        print(f"loading {name} ...", file=sys.stderr, flush=True)
+        print(f"loading {name}{' and compiling its steps' if args.warm_up else ''} ...", file=sys.stderr, flush=True)
         model = load_on_mesh(path)
         check_weights(model.llama, model.layout, model.dtype)
         draft = load_on_mesh(args.draft) if args.draft and i == 0 else None
         guesses = args.guesses if args.guesses is not None else 4 if draft else 0
-        models.append(Served.start(name, model, limits, metrics, draft, guesses=guesses, **settings))
+        models.append(Served.start(name, model, limits, metrics, draft, args.warm_up, guesses=guesses, **settings))
     host, port = bound.getsockname()[:2]
     print(f"serving {', '.join(name for name, _ in named)} at http://{host}:{port}", file=sys.stderr, flush=True)
     run(Server(models, metrics, limits, keys), bound)

@@ -23,7 +23,7 @@ def test_the_gpu_benchmark_runs_without_one():
     assert [name for name in names if name.startswith("attention")] == [
         f"attention blockwise, {case}" for case in ("causal", "packed", "zigzag, packed", "responses")
     ]
-    assert {"fp8 feed-forward", "decode llama-tiny, batch 1", "decode llama-tiny, batch 8"} < set(names)
+    assert {"fp8 feed-forward", "decode llama-tiny, batch 1", "decode llama-tiny, batch 8", "prefill llama-tiny, 64 tokens"} < set(names)
     assert any(name.startswith("train") for name in names)
     assert all(row["good"] for row in report["rows"] if row["name"].startswith("attention"))
 

@@ -27,10 +27,14 @@ class Served:
     created: int
 
     @classmethod
-    def start(cls, name: str, model: Model, limits: Limits, metrics: Metrics, draft: Model | None = None, **settings) -> "Served":
-        """Loads a model into an engine and starts it. Raises UserError where it does not fit."""
+    def start(
+        cls, name: str, model: Model, limits: Limits, metrics: Metrics, draft: Model | None = None, warm_up: bool = False, **settings
+    ) -> "Served":  # fmt: skip
+        """Loads a model into an engine and starts it; `warm_up`: compiles its steps first. Raises UserError where it does not fit."""
         model.text_tokenizer()
         engine = model.engine(draft=draft, **settings)
+        if warm_up:
+            engine.warm_up()
         observe = metrics.add_model(name, engine.engines if isinstance(engine, Replicas) else [engine])
         return cls(name, model, Runner(engine, observe).start(), Gate(limits), metrics, int(time.time()))
 

@@ -25,7 +25,7 @@ def saved(tmp_path_factory):
 
 def start(saved, *options) -> tuple[subprocess.Popen, str]:
     """Starts the command, and returns it with its address once it serves."""
-    arguments = ("--model", str(saved), "--port", "0", "--max-tokens-in-cache", "8192", "--max-sequences", "16", "--strict", *options)
+    arguments = ("--model", str(saved), "--port", "0", "--max-tokens-in-cache", "8192", "--max-sequences", "16", "--strict", "--no-warm-up", *options)
     process = subprocess.Popen([sys.executable, "-m", "herd_jax.serve", *arguments], stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     for line in process.stderr:
         if found := re.search(r"serving tiny at (http\S+)", line):

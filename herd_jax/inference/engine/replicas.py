@@ -33,6 +33,10 @@ class Replicas:
         for engine, *of_engine in zip(self.engines, own, drafts):
             engine.hold(*of_engine)
 
+    def warm_up(self) -> None:
+        for engine in self.engines:
+            engine.warm_up()
+
     def submit(self, request: Request) -> int:
         engine = self._choose(request)
         ticket, own = next(self._tickets), engine.submit(request)

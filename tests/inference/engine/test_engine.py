@@ -96,6 +96,16 @@ def test_a_steady_state_compiles_nothing():
     assert num_compilations() == before
 
 
+def test_a_warm_engine_compiles_little_for_plain_requests():
+    """Only what puts requests into slots, which is small and depends on how many come at once."""
+    engine = engines.engine(max_sequences=2, chunk_tokens=16)
+    engine.warm_up()
+    engines.run(engine, [Request([1, 2, 3], Sampling(2))])
+    before = num_compilations()
+    engines.run(engine, [Request(list(range(length)), Sampling(4, temperature=1.0)) for length in (5, 30, 9)])
+    assert num_compilations() - before <= 1
+
+
 def test_strict_answers_have_the_same_bits():
     """Alone and beside others, with pages found and computed, with guesses and without."""
     engine = engines.engine(strict=True, guesses=2, chunk_tokens=16, page_size=4)
