@@ -27,13 +27,13 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from herd_jax.errors import UserError, command_line  # noqa: E402
 
-PARTS = ("train", "fp8")
+PARTS = ("train", "fp8", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled. `part`: "train", a step; "fp8", the FP8 feed-forward of a layer alone, on one device. `batch`: sequences a step over all
-    devices."""
+    """What is compiled. `part`: "train", a step; "fp8", the FP8 feed-forward of a layer alone, on one device; "decode", a token for each of
+    `batch` answers, `seq_len` tokens long each, on tp. `batch`: sequences a step over all devices."""
 
     part: str = "train"
     model: str = "llama3.2-1b"
@@ -63,6 +63,7 @@ CASES = {
     "1B pp 4, 1f1b": Case(pp=4, batch=8, micro_batches=8),
     "1B pp 4, zero_bubble": Case(pp=4, batch=8, micro_batches=8, schedule="zero_bubble"),
     "8B feed-forward, FP8": Case("fp8", model="llama3-8b"),
+    "8B, decode over pages": Case("decode", model="llama3-8b", batch=32),
 }
 
 
@@ -150,6 +151,7 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
     set_flags(choose_flags(DATA_SHEETS[case.hardware].name), os.environ)
     import jax
 
+    from herd_jax.inference.engine.build import token_bytes, weight_bytes
     from herd_jax.machines.hardware import HARDWARE
     from herd_jax.mesh import MeshConfig
     from herd_jax.parallel.schedule import PipelineConfig
@@ -159,7 +161,7 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
     sizes = MeshConfig(case.tp, case.cp, case.pp, case.dp)
     _show(found := devices(case.hardware, case.tp * case.cp * case.pp * case.dp))
     pipeline = PipelineConfig(case.schedule, case.chunks, overlap=case.overlap)
-    model, lowered = (_lower_fp8 if case.part == "fp8" else _lower)(case, sizes, pipeline, found)
+    model, lowered = {"train": _lower, "fp8": _lower_fp8, "decode": _lower_decode}[case.part](case, sizes, pipeline, found)
     start = time.perf_counter()
     compiled = lowered.compile()
     taken = time.perf_counter() - start
@@ -176,6 +178,10 @@ def compile_case(case: Case, hlo_path: Path | None) -> Facts:
     if case.part == "fp8":
         planned, flops = total, 6 * case.seq_len * model.dim * model.ffn_dim
         gemm_flops = flops
+    elif case.part == "decode":
+        held = _programs(case, sizes, found)
+        planned = weight_bytes(held.model, held.layout, held.dtype) + case.batch * case.seq_len * token_bytes(held.model, held.layout, held.dtype)
+        flops, gemm_flops = (model.flops_per_token(keys) / 3 * case.batch / case.tp for keys in (case.seq_len, 0))  # forward is a third
     else:
         tokens = job.tokens_per_step / job.num_devices
         planned, flops, gemm_flops = memory.estimate(job)["total"], speed.flops_per_token * tokens, model.flops_per_token(keys_seen=0) * tokens
@@ -256,6 +262,49 @@ def _lower_fp8(case: Case, sizes, pipeline, found: list):
     function = on_mesh(feed_forward, mesh, (everywhere,) * 3, everywhere, jnp.bfloat16)
     x_BTD = shape((1, case.seq_len, model.dim), jnp.bfloat16)
     return model, function.lower(x_BTD, matrix(2, model.ffn_dim, model.dim), matrix(model.dim, model.ffn_dim))
+
+
+def _programs(case: Case, sizes, found: list):
+    """Returns the programs of an engine that holds `case.batch` sequences of `case.seq_len` tokens."""
+    import jax.numpy as jnp
+
+    from herd_jax.inference.engine.build import EngineConfig, choose_pages
+    from herd_jax.inference.engine.programs import Programs
+    from herd_jax.mesh import make_mesh
+    from herd_jax.models.config import ModelConfig
+    from herd_jax.models.llama import Llama
+    from herd_jax.models.params import Layout
+
+    model, page_size = ModelConfig(case.model, **({"num_layers": case.layers} if case.layers else {})).resolve(), EngineConfig().page_size
+    layout = Layout.make(make_mesh(sizes, found), model.num_layers)
+    pages = choose_pages(layout)(case.batch * -(-case.seq_len // page_size) + 1, page_size)
+    return Programs(Llama.make(model), layout, jnp.bfloat16, pages, None)
+
+
+def _lower_decode(case: Case, sizes, pipeline, found: list):
+    """Returns the model's config and the lowered forward of an engine: one token for each of `case.batch` rows."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from herd_jax.inference.engine.layout import POOL_SPEC, Pool
+    from herd_jax.inference.engine.programs import EVERYWHERE
+    from herd_jax.inference.engine.slots import empty
+    from herd_jax.models.params import map_declarations
+
+    programs = _programs(case, sizes, found)
+    model, layout, config = programs.model, programs.layout, programs.model.config
+    array = lambda shape, spec, dtype=programs.dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(layout.mesh, spec))
+    apart = lambda d: [array(stored.shape, stored.spec, d.dtype or programs.dtype) for stored in layout.apart(d)]
+    weights = {"ends": map_declarations(lambda d: apart(d)[0], model.declared["ends"]), "layers": map_declarations(apart, model.declared["layers"])}
+    if config.tie_embeddings:
+        weights["output"] = array(weights["ends"]["embed"]["table"].shape[::-1], programs.weight_specs["output"])
+    shapes = programs.pages.shapes(programs.num_ranks, config.num_kv_heads, config.head_dim)
+    pools = [Pool(*(array(shape, POOL_SPEC) for shape in shapes))] * programs.num_layer_slots
+    slots = empty(case.batch, case.seq_len, -(-case.seq_len // programs.pages.page_size))
+    slots = jax.tree.map(lambda a: array(a.shape, EVERYWHERE, a.dtype), slots)
+    lowered = programs.forward(case.batch, 1, "last").lower(weights, pools, slots, None, array((case.batch,), EVERYWHERE, jnp.int32))
+    return config, lowered
 
 
 def _estimate(text: str, hardware, case: Case, job, speed):

@@ -147,6 +147,8 @@ class Module:
             workspace = sum(math.prod(size) for kind, size in arrays(instruction.shape)[1:] if kind == "s8")
             flops = 2 * math.prod(out_sizes) * math.prod(sizes[int(dim)] for dim in dims)
             return Cost(f"gemm {left} to {out}", flops, moved - workspace)
+        if "paged_attention" in instruction.op_name:
+            return self._paged_attention(operands)
         if "flash" in instruction.op_name or "attention" in instruction.op_name or "mosaic" in instruction.target or "cudnn" in instruction.target:
             return self._attention(instruction, operands, moved)
         return Cost("" if instruction.target == "AllocateBuffer" else "memory", 0, moved)
@@ -160,6 +162,12 @@ class Module:
         queries, keys = shapes[0], shapes[1]
         products = 2 if len([1 for each in operands if len(arrays(each.shape)[0][1]) >= 3]) == 3 else 3.5
         return Cost("attention", 2 * products * math.prod(queries) * keys[-3] / 2, moved)
+
+    def _paged_attention(self, operands: list[Instruction]) -> Cost:
+        """Counts attention over pages (queries, keys, values, tables, ...), as if all rows were as long as their tables: each page is read once."""
+        (kind, queries), (_, pool), (_, _), (_, table), *_ = (arrays(each.shape)[0] for each in operands)
+        num_keys = math.prod(table) * pool[2]
+        return Cost("attention", 4 * math.prod(queries[1:]) * num_keys, 2 * num_keys * pool[1] * pool[3] * _bits(kind) / 8)
 
     @functools.cache  # noqa: B019  (a module lives as long as its process)
     def _fusion(self, name: str) -> Cost:
@@ -192,7 +200,7 @@ class Module:
                     size = num_bytes(user.shape)
                 elif user.op in _ELEMENTWISE and depth < 16 and not user.is_root:
                     size = read(user.name, whole, depth + 1)
-                elif user.op == "dynamic-update-slice" and user.operands[0] == operand:
+                elif user.op in ("dynamic-update-slice", "scatter") and user.operands[0] == operand:
                     size = 0.0
                 else:
                     size = whole
@@ -207,7 +215,8 @@ class Module:
         def written(each: Instruction, depth: int = 0) -> float:
             if each.op in ("bitcast", "reshape") and depth < 8 and each.operands[0] in by_name:
                 return written(by_name[each.operands[0]], depth + 1)
-            return num_bytes(by_name[each.operands[1]].shape if each.op == "dynamic-update-slice" else each.shape)
+            update = {"dynamic-update-slice": 1, "scatter": 2}.get(each.op)
+            return num_bytes(each.shape if update is None else by_name[each.operands[update]].shape)
 
         root = next(each for each in self.computations[name] if each.is_root)
         return sum(written(by_name[operand]) for operand in root.operands) if root.op == "tuple" else written(root)

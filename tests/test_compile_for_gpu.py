@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from compile_for_gpu import CASES, Case, facts_of  # noqa: E402
-from gpu_estimate import Estimate  # noqa: E402
+from gpu_estimate import SHARES, Estimate  # noqa: E402
 from hlo import Module, arrays, num_bytes  # noqa: E402
 
 from herd_jax.errors import UserError  # noqa: E402
@@ -44,6 +44,8 @@ def test_what_is_compiled(name):
     assert facts.gemm_tflop < 1.01 * facts.model_gemm_tflop  # no product runs twice
     if case.part == "fp8":
         assert facts.fp8_gemms == 2
+    if case.part == "decode":  # weights and pages are read once, and hardly anything else
+        assert facts.seconds < 1.05 * facts.compiled_bytes / (SHARES["memory"] * HARDWARE[case.hardware].memory_bandwidth)
 
 
 @needs_plugin
@@ -111,6 +113,32 @@ def test_what_a_kernel_does_not_hide_is_counted():
     message = 7 * 4 * 256 * 256 / (450e9 * 0.8) + 10e-6
     assert totals.messages["all-gather"] == pytest.approx(6 * message) and totals.host_loops == 1
     assert totals.exposed["all-gather"] == pytest.approx(6 * (message - 4e-6)) and totals.seconds == pytest.approx(6 * message + 4e-6)  # a copy before
+
+
+PAGES = """
+HloModule m
+%put (p: bf16[9,2,16,64], i: s32[4,3], n: bf16[4,2,64]) -> bf16[9,2,16,64] {
+  %p = bf16[9,2,16,64]{3,2,1,0} parameter(0)
+  %i = s32[4,3]{1,0} parameter(1)
+  %n = bf16[4,2,64]{2,1,0} parameter(2)
+  ROOT %s = bf16[9,2,16,64]{3,2,1,0} scatter(%p, %i, %n), to_apply=%second
+}
+ENTRY %main (q: bf16[4,1,6,64], k: bf16[9,2,16,64], t: s32[4,3], n: bf16[4,2,64]) -> f32[5,4,1,6,64] {
+  %q = bf16[4,1,6,64]{3,2,1,0} parameter(0)
+  %k = bf16[9,2,16,64]{3,2,1,0} parameter(1)
+  %t = s32[4,3]{1,0} parameter(2)
+  %n = bf16[4,2,64]{2,1,0} parameter(3)
+  %w = bf16[9,2,16,64]{3,2,1,0} fusion(%k, %t, %n), kind=kInput, calls=%put
+  ROOT %o = f32[5,4,1,6,64]{4,3,2,1,0} custom-call(%q, %w, %w, %t), custom_call_target="triton", metadata={op_name="jit(run)/paged_attention/pallas_call"}
+}
+"""
+
+
+def test_pages_are_counted_as_they_are_read_and_written():
+    module = Module(PAGES)
+    write, read = (module.cost("main", each) for each in module.computations["main"][-2:])
+    assert write.bytes == 2 * (2 * 4 * 2 * 64) + 4 * 4 * 3  # the new keys are read and written, and the indices are read
+    assert (read.kind, read.bytes, read.flops) == ("attention", 2 * 2 * 4 * 3 * 16 * 2 * 64, 2 * 2 * 4 * 3 * 16 * 6 * 64)
 
 
 def test_without_the_plugin_it_says_what_to_install():

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from herd_jax.errors import UserError
-from herd_jax.inference.engine.engine import Engine, bucket
+from herd_jax.inference.engine.engine import Engine
+from herd_jax.inference.engine.worker import bucket
+from herd_jax.inference.engine.gpu_pages import GpuPageLayout
 from herd_jax.inference.engine.layout import PageLayout
 from herd_jax.inference.engine.programs import Programs
 from herd_jax.inference.engine.replicas import Replicas, layouts_of, split_weights
@@ -105,10 +107,15 @@ def _make(parts: Parts, draft: Parts | None, config: EngineConfig, num_replicas:
     if num_pages > most or num_pages < 1:
         raise UserError(_too_large(layout, max(num_pages, 1) * per_page, room))
     chunk_tokens = min(config.chunk_tokens or defaults["chunk_tokens"], bucket(max_length))
-    num_ids, pages = tokenizer.vocab_size if tokenizer else None, PageLayout(num_pages + 1, page_size)
+    num_ids, pages = tokenizer.vocab_size if tokenizer else None, choose_pages(layout)(num_pages + 1, page_size)
     programs = Programs(model, layout, dtype, pages, num_ids, 0 if draft else config.guesses)
     ahead = Draft(Programs(draft.model, draft.layout, draft.dtype, pages, num_ids), config.guesses) if draft else None
     return Engine(programs, tokenizer, max_length, num_slots, chunk_tokens, config.reserve, config.micro_batches, config.strict, ahead)
+
+
+def choose_pages(layout: Layout) -> type[PageLayout]:
+    """Returns the page layout that suits the devices of a mesh."""
+    return GpuPageLayout if layout.mesh.devices.flat[0].platform in ("gpu", "cuda") else PageLayout
 
 
 def token_bytes(model: Llama, layout: Layout, dtype) -> int:

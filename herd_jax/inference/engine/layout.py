@@ -47,15 +47,20 @@ class PageLayout:
 
     def write(self, pool: Pool, k_BTKH: jax.Array, v_BTKH: jax.Array, places: Places) -> Pool:
         """Returns the pool with the keys and values of a step's tokens in their pages."""
-        index_T = jnp.arange(k_BTKH.shape[1])
+        page_BT, offset_BT = self._spots(places, k_BTKH.shape[1])
+        if page_BT.size == 1:  # a scatter of one token would check its bounds by reading, for which XLA copies the pool
+            k = lax.dynamic_update_slice(pool.k, k_BTKH[0, ..., None], (page_BT[0, 0], 0, 0, offset_BT[0, 0]))
+        else:
+            k = pool.k.at[page_BT, :, :, offset_BT].set(k_BTKH)
+        return Pool(k, put_rows(pool.v, v_BTKH, page_BT, offset_BT))
+
+    def _spots(self, places: Places, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the page of each of T tokens, the bin for those that are none, and the token's place in the page: [B, T] each."""
+        index_T = jnp.arange(num_tokens)
         position_BT = places.start_B[:, None] + index_T
         number_BT = jnp.minimum(position_BT // self.page_size, places.table_BN.shape[1] - 1)
         page_BT = jnp.where(index_T < places.count_B[:, None], jnp.take_along_axis(places.table_BN, number_BT, 1), BIN)
-        offset_BT = position_BT % self.page_size
-        if page_BT.size == 1:  # a scatter of one token would check its bounds by reading, for which XLA copies the pool
-            put, page, offset = lax.dynamic_update_slice, page_BT[0, 0], offset_BT[0, 0]
-            return Pool(put(pool.k, k_BTKH[0, ..., None], (page, 0, 0, offset)), put(pool.v, v_BTKH.swapaxes(1, 2), (page, 0, offset, 0)))
-        return Pool(pool.k.at[page_BT, :, :, offset_BT].set(k_BTKH), pool.v.at[page_BT, :, offset_BT].set(v_BTKH))
+        return page_BT, position_BT % self.page_size
 
     def read(self, q_BTNH: jax.Array, pool: Pool, places: Places, offset: int | jax.Array = 0) -> jax.Array:
         """Returns the attention of queries to the keys up to their own position, [B, T, N, H]; `offset`: the queries are the step's tokens from
@@ -95,3 +100,10 @@ class PageLayout:
             return Pool(put(pool.k), put(pool.v))
 
         return lax.fori_loop(0, len(source_B), one, pool)
+
+
+def put_rows(pool: jax.Array, x_BTKH: jax.Array, page_BT: jax.Array, offset_BT: jax.Array) -> jax.Array:
+    """Returns a pool [P, K, page, H] with the keys or values of tokens in their pages; see `PageLayout.write`."""
+    if page_BT.size == 1:
+        return lax.dynamic_update_slice(pool, x_BTKH.swapaxes(1, 2), (page_BT[0, 0], 0, offset_BT[0, 0], 0))
+    return pool.at[page_BT, :, offset_BT].set(x_BTKH)
