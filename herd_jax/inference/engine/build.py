@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from herd_jax.errors import UserError
 from herd_jax.inference.engine.engine import Engine
-from herd_jax.inference.engine.worker import bucket
 from herd_jax.inference.engine.gpu_pages import GpuPageLayout
 from herd_jax.inference.engine.layout import PageLayout
 from herd_jax.inference.engine.programs import Programs
 from herd_jax.inference.engine.replicas import Replicas, layouts_of, split_weights
 from herd_jax.inference.engine.speculative import Draft
+from herd_jax.inference.engine.worker import bucket
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, is_declaration
 from herd_jax.text.tokenizer import Tokenizer

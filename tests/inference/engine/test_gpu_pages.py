@@ -112,9 +112,9 @@ def test_tokens_are_written_where_the_page_loop_writes_them(num_rows, num_tokens
 def test_answers_are_those_of_the_plain_forward(monkeypatch):
     """A whole engine on tp 2: chunks, decoding, and guesses that are verified."""
     monkeypatch.setattr(build, "choose_pages", lambda layout: functools.partial(GpuPageLayout, interpret=True))
+    monkeypatch.delattr(PageLayout, "read")
     config = build.EngineConfig(max_sequences=4, page_size=8, chunk_tokens=32, max_tokens_in_cache=400, guesses=2, strict=True)
     engine = build.make_engine(engines.parts((2, 1, 1, 1)), config)
-    assert engine.pools[0].k.shape[-2:] == (8, 4)
     requests = engines.mixed_requests(4, seed=12)
     assert [list(answer.ids) for (answer,) in engines.run(engine, requests)] == [engines.expected(request) for request in requests]
 
@@ -126,7 +126,7 @@ def test_the_layout_is_that_of_the_devices(platform, layout):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64])
-@pytest.mark.parametrize("dtype, head_dim, page_size", [(jnp.bfloat16, 128, 64), (jnp.float32, 64, 16)])
+@pytest.mark.parametrize("dtype, head_dim, page_size", [(jnp.bfloat16, 128, 64), (jnp.float32, 64, 16), (jnp.float32, 24, 12)])
 def test_it_lowers_for_a_gpu(dtype, head_dim, page_size, num_tokens):
     layout, q_BTNH, pool, places, _ = make(dtype, head_dim, page_size, num_tokens)
     on_gpu = GpuPageLayout(layout.num_pages, page_size)
