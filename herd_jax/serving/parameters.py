@@ -77,7 +77,8 @@ def grammar(body: Body) -> Grammar | None:
         raise bad(f"'{asked[0]}' and '{asked[1]}' contradict each other: give one of them", asked[1], "contradiction")
     match asked:
         case ["response_format"]:
-            return Grammar.json_object() if form["type"] == "json_object" else Grammar.json_schema(form["json_schema"]["schema"])
+            schema = form.get("schema", {"type": "object"}) if form["type"] == "json_object" else form["json_schema"]["schema"]
+            return Grammar.json_schema(schema)
         case ["guided_json"]:
             schema = body["guided_json"]
             try:

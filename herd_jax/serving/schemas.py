@@ -31,7 +31,10 @@ RESPONSE_FORMAT = optional(
     {
         "oneOf": [
             {"type": "object", "properties": {"type": {"const": "text"}}, "required": ["type"], "additionalProperties": False},
-            {"type": "object", "properties": {"type": {"const": "json_object"}}, "required": ["type"], "additionalProperties": False},
+            {
+                "type": "object", "properties": {"type": {"const": "json_object"}, "schema": {"type": "object"}}, "required": ["type"],
+                "additionalProperties": False,
+            },
             {
                 "type": "object",
                 "properties": {
@@ -39,7 +42,7 @@ RESPONSE_FORMAT = optional(
                     "json_schema": {
                         "type": "object",
                         "properties": {"name": {"type": "string"}, "description": STRING, "schema": {"type": "object"}, "strict": BOOLEAN},
-                        "required": ["name", "schema"], "additionalProperties": False,
+                        "required": ["schema"], "additionalProperties": False,
                     },
                 },
                 "required": ["type", "json_schema"], "additionalProperties": False,

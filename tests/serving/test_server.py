@@ -9,9 +9,14 @@ import openai
 import pytest
 import servers
 
+from starlette.testclient import TestClient
+
 from herd_jax.errors import UserError
+from herd_jax.serving.app import Server
 from herd_jax.serving.limits import Keys, Limits
+from herd_jax.serving.metrics import Metrics
 from herd_jax.serving.run import listen
+from herd_jax.serving.served import Served
 
 DIALOG = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 WEATHER = {
@@ -133,6 +138,8 @@ def test_answers_that_follow_a_schema(client):
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
     content = client.chat.completions.create(model="tiny", messages=DIALOG, response_format=form, seed=2).choices[0].message.content
     assert 0 <= json.loads(content)["n"] <= 9
+    form = {"type": "json_object", "schema": {"const": 42}}
+    assert client.chat.completions.create(model="tiny", messages=DIALOG, response_format=form).choices[0].message.content == "42"
     text = client.completions.create(model="tiny", prompt="a", extra_body={"guided_regex": "(yes|no)!"}).choices[0].text
     assert text in ("yes!", "no!")
 
@@ -272,6 +279,21 @@ def test_requests_that_take_too_long_and_an_engine_that_ends():
         server.stop()
         assert httpx.get(address + "/health").json()["error"]["code"] == "engine_stopped"
         assert httpx.post(address + "/v1/completions", json=body).status_code == 503
+
+
+def test_several_models_in_one_process():
+    metrics, model = Metrics(), servers.tiny_model()
+    settings = {"max_sequences": 2, "page_size": 16, "chunk_tokens": 32, "max_tokens_in_cache": 512, "strict": True}
+    served = [Served.start(name, model, Limits(), metrics, **settings) for name in ("policy", "other")]
+    server = Server(served, metrics)
+    with TestClient(server.app) as client:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["policy", "other"]
+        answer = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3, "temperature": 0, "model": "other"})
+        assert answer.json()["model"] == "other" and answer.json()["choices"][0]["text"] == model.generate(["abc"], max_new_tokens=3)[0]
+        refused = client.post("/v1/completions", json={"prompt": "abc"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "model"
+        assert 'vllm:kv_cache_usage_perc{model_name="policy"}' in client.get("/metrics").text
+    server.stop()
 
 
 def test_settings_that_cannot_be():

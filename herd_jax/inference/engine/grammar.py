@@ -31,11 +31,6 @@ class Grammar:
         return cls("json_schema", json.dumps(schema))
 
     @classmethod
-    def json_object(cls) -> "Grammar":
-        """Returns the grammar of any JSON object."""
-        return cls.json_schema({"type": "object"})
-
-    @classmethod
     def regex(cls, expression: str) -> "Grammar":
         """Returns the grammar of the texts that match an expression from beginning to end."""
         return cls("regex", expression)
