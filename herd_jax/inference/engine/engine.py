@@ -329,13 +329,16 @@ class Engine:
 def answers(engine, requests: Iterable[Request]) -> Iterator[Answer]:
     """Yields the answers of an engine as they end; an answer's `ticket` is its request's place among `requests`."""
     place: dict[int, int] = {}
+    missing = 0
     try:
         for i, request in enumerate(requests):
             place[engine.submit(request)] = i
-        while any(map(engine.knows, place)):
+            missing += request.num_samples
+        while missing:
             for event in engine.step():
                 if isinstance(event, Answer) and event.ticket in place:
+                    missing -= 1
                     yield event.of(place[event.ticket])
     finally:
-        for ticket in place:
+        for ticket in place if missing else ():
             engine.abort(ticket)

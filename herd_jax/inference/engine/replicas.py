@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import threading
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -22,7 +23,7 @@ class Replicas:
 
     def __init__(self, engines: list[Engine], split, split_draft=None) -> None:
         self.engines, self._split, self._split_draft = engines, split, split_draft
-        self._tickets = itertools.count()
+        self._tickets, self._lock = itertools.count(), threading.Lock()  # a ticket is known here before its first event comes
         self._where: dict[int, tuple[Engine, int]] = {}
         self._names: dict[tuple[int, int], int] = {}
 
@@ -39,8 +40,9 @@ class Replicas:
 
     def submit(self, request: Request) -> int:
         engine = self._choose(request)
-        ticket, own = next(self._tickets), engine.submit(request)
-        self._where[ticket], self._names[id(engine), own] = (engine, own), ticket
+        with self._lock:
+            ticket, own = next(self._tickets), engine.submit(request)
+            self._where[ticket], self._names[id(engine), own] = (engine, own), ticket
         return ticket
 
     @property
@@ -69,12 +71,15 @@ class Replicas:
         """Goes on by one step in each engine; the devices of all work at the same time."""
         events = []
         for engine in self.engines:
-            for event in engine.step() if engine.has_work else ():
-                ticket = self._names[id(engine), event.ticket]
-                events.append(event._replace(ticket=ticket) if isinstance(event, Piece) else event.of(ticket))
-        for ticket in [ticket for ticket, (engine, own) in self._where.items() if not engine.knows(own)]:
-            engine, own = self._where.pop(ticket)
-            del self._names[id(engine), own]
+            new = engine.step() if engine.has_work else []
+            with self._lock:
+                for event in new:
+                    ticket = self._names[id(engine), event.ticket]
+                    events.append(event._replace(ticket=ticket) if isinstance(event, Piece) else event.of(ticket))
+        with self._lock:
+            for ticket in [ticket for ticket, (engine, own) in self._where.items() if not engine.knows(own)]:
+                engine, own = self._where.pop(ticket)
+                del self._names[id(engine), own]
         return events
 
     def _choose(self, request: Request) -> Engine:
