@@ -1,6 +1,7 @@
 """The kernel over pages, interpreted on a CPU: against the page loop, another kernel and the plain forward; and that it lowers for a GPU."""
 
 import contextlib
+import dataclasses
 import functools
 import types
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh, PartitionSpec
 
 from herd_jax.inference.engine import build
@@ -113,10 +115,11 @@ def test_answers_are_those_of_the_plain_forward(monkeypatch):
     """A whole engine on tp 2: chunks, decoding, and guesses that are verified."""
     monkeypatch.setattr(build, "choose_pages", lambda layout: functools.partial(GpuPageLayout, interpret=True))
     monkeypatch.delattr(PageLayout, "read")
+    model = dataclasses.replace(tiny.CONFIG, num_layers=2)
     config = build.EngineConfig(max_sequences=4, page_size=8, chunk_tokens=32, max_tokens_in_cache=400, guesses=2, strict=True)
-    engine = build.make_engine(engines.parts((2, 1, 1, 1)), config)
+    engine = build.make_engine(engines.parts((2, 1, 1, 1), model), config)
     requests = engines.mixed_requests(4, seed=12)
-    assert [list(answer.ids) for (answer,) in engines.run(engine, requests)] == [engines.expected(request) for request in requests]
+    assert [list(answer.ids) for (answer,) in engines.run(engine, requests)] == [engines.expected(request, config=model) for request in requests]
 
 
 @pytest.mark.parametrize("platform, layout", [("cpu", PageLayout), ("gpu", GpuPageLayout), ("tpu", PageLayout)])
