@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -135,20 +136,22 @@ class Model:
 
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-        stop: Sequence[str] = (), **options,
+        stop: Sequence[str] = (), samples: Sequence[int] | None = None, **options,
     ) -> list[str]:  # fmt: skip
-        """Does what `generate` does, with prompts that are token ids."""
+        """Does what `generate` does, with prompts that are token ids. `samples`: the number of each answer among those to the same prompt and
+        seed; by default they are counted."""
         sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
-        return [answer.text for answer in self._answers([Request(prompt, sampling) for prompt in prompts])]
+        return self._texts(prompts, sampling, samples)
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Sequence[str] = (), **options,
     ) -> list[str]:  # fmt: skip
         """Returns what follows each prompt, up to a stop token of the tokenizer or one of the `stop` strings, both left out. Temperature 0
-        takes the likeliest token; equal prompts with equal seeds get equal texts. `options` are the other fields of `Sampling`."""
+        takes the likeliest token. An answer depends on its prompt, the seed, and how often that prompt stands before it: equal prompts are
+        answered by several samples. `options` are the other fields of `Sampling`."""
         sampling = self._sampling(max_new_tokens, temperature, top_p, seed, stop, options)
-        return [answer.text for answer in self._answers([Request(self._prompt_ids(prompt), sampling) for prompt in several(prompts, "prompts")])]
+        return self._texts([self._prompt_ids(prompt) for prompt in several(prompts, "prompts")], sampling)
 
     def stream(
         self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop=(), **options
@@ -245,6 +248,12 @@ class Model:
     def _sampling(self, max_new_tokens, temperature, top_p, seed, stop, options) -> Sampling:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
         return from_options(Sampling, given | options)
+
+    def _texts(self, rows: Sequence[Sequence[int]], sampling: Sampling, samples: Sequence[int] | None = None) -> list[str]:
+        if samples is None:
+            seen: Counter = Counter()
+            samples = [seen.update([key]) or seen[key] - 1 for key in map(tuple, rows)]
+        return [answer.text for answer in self._answers([Request(row, sampling, first_sample=at) for row, at in zip(rows, samples, strict=True)])]
 
     def _answers(self, requests: list[Request]) -> list[Answer]:
         """Returns the answers in the order of the requests."""

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def test_the_gpu_benchmark_runs_without_one():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py")]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "attention", "fp8", "decode"]
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "JAX_PLATFORMS": "cpu"}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     *table, last = done.stdout.splitlines()
@@ -23,8 +23,7 @@ def test_the_gpu_benchmark_runs_without_one():
     assert [name for name in names if name.startswith("attention")] == [
         f"attention blockwise, {case}" for case in ("causal", "packed", "zigzag, packed", "responses")
     ]
-    assert {"fp8 feed-forward", "decode llama-tiny, batch 1", "decode llama-tiny, batch 8", "prefill llama-tiny, 64 tokens"} < set(names)
-    assert any(name.startswith("train") for name in names)
+    assert {"fp8 feed-forward", "decode llama-tiny, batch 1", "decode llama-tiny, batch 8"} < set(names)
     assert all(row["good"] for row in report["rows"] if row["name"].startswith("attention"))
 
 
@@ -48,4 +47,4 @@ def test_the_whole_gpu_benchmark_runs_without_one():
     done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, env={**environment, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stdout + done.stderr
     names = [row["name"] for row in json.loads(done.stdout.splitlines()[-1])["rows"]]
-    assert {"train llama-tiny, ours", "train memory", "decode llama-tiny, batch 1", "decode llama-tiny, batch 8"} <= set(names)
+    assert {"train llama-tiny, ours", "train memory", "decode llama-tiny, batch 1", "decode llama-tiny, batch 8", "prefill llama-tiny, 64 tokens"} <= set(names)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from herd_jax.errors import UserError
-from herd_jax.inference.draw import NOT_FINITE, Options, Penalties, draw, kept, penalised, scaled
+from herd_jax.inference.draw import NOT_FINITE, Options, Penalties, choose, draw, kept, penalised, scaled
 from herd_jax.inference.sampling import Sampling
 
 FILTERS = [
@@ -61,8 +61,10 @@ def test_filters_keep_what_the_definition_keeps(ties):
 def test_draws_follow_the_distribution(asked):
     """Chi-square over 10^5 draws, of 600 tokens, which are three blocks."""
     number, logits = 100_000, rows(np.random.default_rng(1), 1, 600, False)
-    options = Sampling(1, seed=5, **asked).options(1000)
-    draws = jax.jit(lambda position: draw(jnp.broadcast_to(logits, (1000, 600)), options, position * 1000 + jnp.arange(1000)))
+    one, options = Sampling(1, seed=5, **asked).options(1), Sampling(1, seed=5, **asked).options(1000)
+    z = scaled(logits, one)
+    many = [jnp.broadcast_to(a, (1000, 600)) for a in (logits, z, kept(z, one))]  # what is kept is the same in all rows
+    draws = jax.jit(lambda position: choose(*many, options, position * 1000 + jnp.arange(1000)))
     found = np.bincount(np.concatenate([draws(i) for i in range(number // 1000)]), minlength=600)
     weights = np.where(plain_kept(logits[0], **asked), np.exp(logits[0].astype(np.float64) / asked["temperature"]), 0)
     expected = number * weights / weights.sum()

@@ -10,6 +10,8 @@ import tiny
 from ml_dtypes import float8_e4m3fn
 
 from herd_jax.inference.scoring.continuations import ContinuationScorer
+from herd_jax.inference.engine.requests import Request
+from herd_jax.inference.sampling import Sampling
 from herd_jax.inference.weights import Weights
 from herd_jax.interop.load import open_source
 from herd_jax.interop.mesh_reader import MeshReader
@@ -79,15 +81,12 @@ def test_logits_are_those_of_the_formulas(steps, saved, fp8):
 def test_scoring_and_decoding_on_any_mesh(steps, saved, mesh):
     model, expected = quantized(saved, mesh), expected_logits(steps)
     assert_alike(model.logits(IDS), expected)
-    decoder = model._decoder
-    weights = model.weights.apart()
-    logits, cache = decoder.prefill(32)(weights, IDS[:, :20], np.zeros(2, np.int32))
-    found = [logits]
-    for index in range(20, 24):
-        logits, cache = decoder.decode(weights, cache, IDS[:, index], np.zeros(2, np.int32), jnp.int32(index))
-        found.append(logits)
-    assert_alike(np.stack(found, 1), expected[:, 19:])
-    assert weights["layers"]["down_fp8"][0].dtype == float8_e4m3fn
+    engine = model.engine(max_sequences=2, page_size=8, chunk_tokens=16, strict=True)
+    for answer in engine.generate([Request(row[:20].tolist(), Sampling(4, log_probs=0), scores_prompt=True) for row in IDS]):
+        whole = [*answer.request.prompt, *answer.ids]
+        found = [one.raw for one in (*answer.prompt_log_probs, *answer.log_probs)]
+        assert_alike(np.array(found), np.asarray(jax.nn.log_softmax(model.logits([whole])[0]))[range(23), whole[1:]])
+    assert model.weights.apart()["layers"]["down_fp8"][0].dtype == float8_e4m3fn
 
 
 @pytest.mark.parametrize("mesh", MESHES[:4])

@@ -42,8 +42,8 @@ def test_the_harness_gets_the_figures_of_its_own_model():
 def test_the_description_is_kept_whatever_is_sent(mode):
     """schemathesis makes requests from /openapi.json, bad and good; each answer is one that the description names, and none a fault."""
     mode, statuses = schemathesis.GenerationMode[mode], set()
-    limits = Limits(max_tokens=2048, max_requests=8)  # more is refused, so that it ends soon
-    options = {"max_examples": 25, "deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "derandomize": True}
+    limits = Limits(max_tokens=512, max_requests=8)  # more is refused, so that it ends soon
+    options = {"max_examples": 12, "deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "derandomize": True}
     with servers.running(limits) as (address, server):
         for found in schemathesis.openapi.from_url(f"{address}/openapi.json").get_all_operations():
             operation = found.ok()

@@ -138,6 +138,7 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             kinds[json.dumps(request.args[1], sort_keys=True)].append(i)
         found: dict[int, str] = {}
+        repeats: collections.Counter = collections.Counter()  # of equal requests, which are samples of one
         if requests:  # of a damaged model any text could come
             first = self.tok_encode(requests[0].args[0])[-self.max_length :]
             list(self._scores([([self.prefix_token_id, *first[:-1]], first[-1:] or [self.prefix_token_id])], quiet=True))
@@ -150,7 +151,8 @@ class HarnessModel(TemplateLM):
                 rows = {i: row[-room:] for i, row in rows.items()}
                 members.sort(key=lambda i: len(rows[i]))
                 for some in (members[first : first + self.batch_size] for first in range(0, len(members), self.batch_size)):
-                    texts = self.loaded.complete([rows[i] for i in some], **options)
+                    samples = [repeats.update([key]) or repeats[key] - 1 for key in ((kind, *rows[i]) for i in some)]
+                    texts = self.loaded.complete([rows[i] for i in some], samples=samples, **options)
                     for i, text in zip(some, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)

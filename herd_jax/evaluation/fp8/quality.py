@@ -26,7 +26,6 @@ VARIANTS = {
     "all layers, no bound": Fp8Config(activation_bound=None, skip_ends=False),
 }
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-BATCH_SIZE = 16  # prompts answered at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,7 @@ class Answers:
     def of(self, model: Model, prompts: Sequence[str]) -> list[str]:
         """Returns the answers to the first prompt, to the second, ... Each draws the same from model to model."""
         rows = [prompt_ids(model, prompt, self.chats) for prompt in prompts for _ in range(self.samples)]
-        found: list[str] = []
-        for first in range(0, len(rows), BATCH_SIZE):
-            found += model.complete(rows[first : first + BATCH_SIZE], self.max_new_tokens, self.temperature, seed=self.seed + first)
-        return found
+        return model.complete(rows, self.max_new_tokens, self.temperature, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

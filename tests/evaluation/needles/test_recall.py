@@ -18,6 +18,7 @@ from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.evaluation.needles.haystack import TEMPLATES, Needle, PromptMaker, Template, draw_needles, read_haystack, text_ids
 from herd_jax.evaluation.needles.recall import multi_lengths, multi_needle_recall, needle_recall, share_found
 from herd_jax.evaluation.needles.report import evaluate_needle
+from herd_jax.inference.engine.requests import Request
 from herd_jax.inference.sampling import Sampling
 from herd_jax.model import Model
 from herd_jax.models.llama import Llama
@@ -89,8 +90,9 @@ def test_one_forward_says_what_greedy_decoding_does(models):
     """Answers that greedy decoding gives, and the same with one id changed, at prompts of several lengths."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, size).tolist() for size in (9, 30, 30, 47, 5)]
-    steps = [list(models[0]._steps([prompt], 3, Sampling(3))) for prompt in prompts]
-    answers = [[int(ids[0]) for ids in of_prompt] for of_prompt in steps]
+    engine = models[0].engine(max_sequences=4, max_length=64, page_size=16, chunk_tokens=16, strict=True)
+    given = {answer.ticket: answer.ids for answer in engine.generate([Request(prompt, Sampling(3, ignore_eos=True)) for prompt in prompts])}
+    answers = [list(given[i]) for i in range(len(prompts))]
     for at in range(3):
         wrong = [[(token + (i == at)) % 261 for i, token in enumerate(answer)] for answer in answers]
         for model in models:

@@ -17,7 +17,7 @@ from herd_jax.inference.sampling import Sampling
 MESHES = {(1, 1, 1, 1): {}, (2, 1, 1, 1): {}, (1, 2, 1, 1): {}, (1, 1, 2, 1): {}, (2, 1, 2, 1): {"guesses": 3}, (1, 1, 3, 1): {"micro_batches": 2}, (1, 1, 1, 2): {}}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow) if m in ((2, 1, 1, 1), (1, 1, 2, 1)) else m for m in MESHES], ids=str)
 def test_answers_are_those_of_the_plain_forward(mesh):
     """Greedy and sampled, with every filter and penalty, many at the same time, whatever the mesh."""
     requests = engines.mixed_requests()
@@ -27,7 +27,7 @@ def test_answers_are_those_of_the_plain_forward(mesh):
         assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize("variant", ["alone", "without pages found", "guessing", "in smaller chunks", "as they grow"])
+@pytest.mark.parametrize("variant", ["alone", "without pages found", "guessing", pytest.param("in smaller chunks", marks=pytest.mark.slow), "as they grow"])
 def test_nothing_else_changes_an_answer(variant):
     requests = engines.mixed_requests(12, seed=1)
     ids = lambda found: [[answer.ids for answer in answers] for answers in found]
@@ -185,7 +185,7 @@ def test_defaults_fit_the_machine():
 
 
 def test_replicas_share_the_work_and_keep_prompts_together():
-    engine, rng = engines.engine((1, 1, 1, 2)), np.random.default_rng(10)
+    engine, rng = engines.engine((1, 1, 1, 2), strict=True), np.random.default_rng(10)
     begin = engines.ids(rng, 24)
     engines.run(engine, [Request(begin + [1], Sampling(2))])
     holder = next(one for one in engine.engines if one.scheduler.pool.find(begin, ""))
@@ -202,5 +202,5 @@ def test_replicas_share_the_work_and_keep_prompts_together():
 def test_tied_embeddings():
     config = tiny.tied()
     requests = engines.mixed_requests(3, seed=11)
-    found = engines.run(engines.engine((2, 1, 1, 1), config), requests)
+    found = engines.run(engines.engine((2, 1, 1, 1), config, strict=True), requests)
     assert [list(answer.ids) for (answer,) in found] == [engines.expected(request, config=config) for request in requests]

@@ -15,7 +15,7 @@ from herd_jax.inference.sampling import Sampling
 SMALL = dataclasses.replace(tiny.CONFIG, num_layers=2)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (2, 1, 1, 1)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1, 1), marks=pytest.mark.slow), (2, 1, 1, 1)])
 def test_a_draft_changes_no_answer(mesh):
     """A random one, whose guesses are nearly always wrong."""
     requests = engines.mixed_requests(7, seed=20)

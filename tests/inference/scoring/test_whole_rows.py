@@ -1,42 +1,18 @@
-"""Prefill and decode against the plain forward, on every kind of mesh."""
+"""Scores of whole rows against the plain forward, on every kind of mesh."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from herd_jax.inference.decoder import Decoder
 from herd_jax.inference.scoring import whole_rows
 from herd_jax.inference.scoring.whole_rows import Scorer
-from herd_jax.inference.weights import Weights
-
-MESHES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 4, 1), (2, 2, 2, 1), (4, 1, 1, 2)]
 
 
 def plain(params, ids, config):
     """Logits [S, V] of one document."""
     rows = {"tokens": np.asarray(ids)[None], "segment_ids": np.ones((1, len(ids)), np.int32), "positions": np.arange(len(ids))[None]}
     return np.asarray(tiny.plain_logits(params, rows, config)[0])
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("config", [tiny.CONFIG, pytest.param(tiny.tied(), marks=pytest.mark.slow)], ids=["untied", "tied"])
-def test_prefill_and_decode_are_the_full_forward(mesh, config):
-    """Rows of unequal length, padded on the left; four tokens after them."""
-    steps = tiny.make_steps(*mesh, config=config)
-    decoder, canonical = Decoder(steps.model, steps.layout, jnp.float32), tiny.canonical_params(steps)
-    weights = Weights.of(steps.plan.init(0).params, steps.model, steps.layout, jnp.float32).apart()
-    rng = np.random.default_rng(0)
-    ids, padding = rng.integers(0, config.vocab_size, (3, 8)).astype(np.int32), np.array([0, 3, 7], np.int32)
-    new = rng.integers(0, config.vocab_size, (4, 3)).astype(np.int32)
-    logits, cache = decoder.prefill(16)(weights, ids, padding)
-    found = [logits]
-    for i in range(4):
-        logits, cache = decoder.decode(weights, cache, new[i], padding, jnp.int32(8 + i))
-        found.append(logits)
-    for row in range(3):
-        expected = plain(canonical, np.concatenate([ids[row, padding[row] :], new[:, row]]), config)[-5:]
-        np.testing.assert_allclose(np.stack([np.asarray(step[row]) for step in found]), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)])
