@@ -27,7 +27,7 @@ def test_answers_are_those_of_the_plain_forward(mesh):
         assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize("variant", ["alone", "without pages found", "guessing", pytest.param("in smaller chunks", marks=pytest.mark.slow), "as they grow"])
+@pytest.mark.parametrize("variant", ["alone", "without pages found", *(pytest.param(v, marks=pytest.mark.slow) for v in ("guessing", "in smaller chunks")), "as they grow"])
 def test_nothing_else_changes_an_answer(variant):
     requests = engines.mixed_requests(12, seed=1)
     ids = lambda found: [[answer.ids for answer in answers] for answers in found]
