@@ -11,3 +11,21 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=200",  # on a busy machine a device may wait longer than 40 s for the others
     )
 )
+
+import gc  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+MOST_MAPPINGS = 25_000  # of 65,530 that Linux gives a process: a compiled program takes some ten of them, and without any more the process dies
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Forgets compiled programs between two modules where there are very many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
