@@ -90,7 +90,7 @@ def test_chat_answers_the_rendered_dialog(saved, model):
     assert chatting.chat([{"role": "user", "content": "hi"}], max_new_tokens=6) == model.tokenizer.decode(new[: stops[0] if stops else None])
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2, 1), MeshConfig(2, 1, 1, 4)])
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2, 1), pytest.param(MeshConfig(2, 1, 1, 4), marks=pytest.mark.slow)])
 def test_inside_a_mesh(saved, model, mesh):
     other = herd_jax.load(saved[0], mesh=make_mesh(mesh), dtype="float32")
     ids = np.random.default_rng(0).integers(0, 256, (2, 13))

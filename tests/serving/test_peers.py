@@ -38,7 +38,7 @@ def test_the_harness_gets_the_figures_of_its_own_model():
     assert texts == own.generate_until(generated, disable_tqdm=True)
 
 
-@pytest.mark.parametrize("mode", ["NEGATIVE", "POSITIVE"])
+@pytest.mark.parametrize("mode", ["NEGATIVE", pytest.param("POSITIVE", marks=pytest.mark.slow)])
 def test_the_description_is_kept_whatever_is_sent(mode):
     """schemathesis makes requests from /openapi.json, bad and good; each answer is one that the description names, and none a fault."""
     mode, statuses = schemathesis.GenerationMode[mode], set()

@@ -111,6 +111,7 @@ def test_tokens_are_written_where_the_page_loop_writes_them(num_rows, num_tokens
     assert (written.k[1:] != pool.k[1:]).any()
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_plain_forward(monkeypatch):
     """A whole engine on tp 2: chunks, decoding, and guesses that are verified."""
     monkeypatch.setattr(build, "choose_pages", lambda layout: functools.partial(GpuPageLayout, interpret=True))
