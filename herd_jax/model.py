@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from herd_jax.errors import UserError
 from herd_jax.inference.engine.build import EngineConfig, Parts, make_engine
 from herd_jax.inference.engine.engine import Engine
-from herd_jax.inference.engine.worker import bucket
+from herd_jax.inference.engine.worker import power_of_two
 from herd_jax.inference.engine.replicas import Replicas
 from herd_jax.inference.engine.requests import Answer, Piece, Request
 from herd_jax.inference.sampling import Sampling, several
@@ -318,15 +318,15 @@ class _OwnEngine:
     def config_for(self, lengths: list[int], context_length: int | None) -> dict[str, int] | None:
         """Returns the settings of an engine for answers that reach these lengths, the longest first; None where the present one will do."""
         within = lambda length: min(length, context_length or length)
-        sequences = min(bucket(len(lengths)), MAX_SEQUENCES)
+        sequences = min(power_of_two(len(lengths)), MAX_SEQUENCES)
         needed = {
-            "max_sequences": sequences, "max_length": within(max(LEAST_TOKENS, bucket(within(lengths[0])))),
+            "max_sequences": sequences, "max_length": within(max(LEAST_TOKENS, power_of_two(within(lengths[0])))),
             "max_tokens_in_cache": sum(within(length) + PAGE_SIZE - 1 for length in lengths[:sequences]),
         }  # fmt: skip
         if all(self.config.get(name, 0) >= value for name, value in needed.items()):
             return None
         most = {name: max(value, self.config.get(name, 0)) for name, value in needed.items()}
-        return most | {"max_tokens_in_cache": bucket(most["max_tokens_in_cache"]), "page_size": PAGE_SIZE}
+        return most | {"max_tokens_in_cache": power_of_two(most["max_tokens_in_cache"]), "page_size": PAGE_SIZE}
 
 
 def from_options(cls, options: dict):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from herd_jax.errors import UserError
-from herd_jax.inference.draw import GREEDY_BELOW, Options
+from herd_jax.inference.draw import Options
 
 MAX_BIASES = 1024  # tokens of one request whose logits may be biased
 MAX_LOG_PROBS = 20  # likeliest tokens whose log-probabilities can be asked for, as OpenAI's and vLLM's
@@ -66,10 +66,6 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             _check(token, "a token of logit_bias", numbers.Integral, "a whole number, 0 or more", lambda i: i >= 0)
             _check(bias, f"the logit_bias of token {token}", numbers.Real, "a number from -100 to 100", lambda b: -100 <= b <= 100)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
 
     def options(self, rows: int = 1, sample: int = 0) -> Options:
         """Returns the options of `rows` rows that are drawn alike, as arrays [rows]."""

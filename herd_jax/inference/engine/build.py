@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from herd_jax.inference.engine.layout import PageLayout
 from herd_jax.inference.engine.programs import Programs
 from herd_jax.inference.engine.replicas import Replicas, layouts_of, split_weights
 from herd_jax.inference.engine.speculative import Draft
-from herd_jax.inference.engine.worker import bucket
+from herd_jax.inference.engine.worker import power_of_two
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Layout, is_declaration
 from herd_jax.text.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def _make(parts: Parts, draft: Parts | None, config: EngineConfig, num_replicas:
     num_pages = min(wanted, most) if config.max_tokens_in_cache is None else pages(config.max_tokens_in_cache)
     if num_pages > most or num_pages < 1:
         raise UserError(_too_large(layout, max(num_pages, 1) * per_page, room))
-    chunk_tokens = min(config.chunk_tokens or defaults["chunk_tokens"], bucket(max_length))
+    chunk_tokens = min(config.chunk_tokens or defaults["chunk_tokens"], power_of_two(max_length))
     num_ids, pages = tokenizer.vocab_size if tokenizer else None, choose_pages(layout)(num_pages + 1, page_size)
     programs = Programs(model, layout, dtype, pages, num_ids, 0 if draft else config.guesses)
     ahead = Draft(Programs(draft.model, draft.layout, draft.dtype, pages, num_ids), config.guesses) if draft else None
@@ -160,6 +161,9 @@ def _free_memory(layout: Layout) -> float:
     device = layout.mesh.local_devices[0]
     if device.platform != "cpu" and (stats := device.memory_stats()):
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    with open("/proc/meminfo") as file:
-        values = {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in file)}
-    return values["MemAvailable"] / len(layout.mesh.local_devices)
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: what is free is not told, and half of all is a guess
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return free / len(layout.mesh.local_devices)

@@ -21,7 +21,7 @@ from herd_jax.inference.engine.requests import Answer, Piece, Request
 from herd_jax.inference.engine.scheduler import Sample, Scheduler
 from herd_jax.inference.engine.slots import row
 from herd_jax.inference.engine.speculative import Draft
-from herd_jax.inference.engine.worker import Shape, Worker, bucket
+from herd_jax.inference.engine.worker import Shape, Worker, power_of_two
 from herd_jax.inference.stopping import StopCondition
 from herd_jax.text.tokenizer import Tokenizer
 
@@ -80,10 +80,10 @@ class Engine:
         self._worker = Worker(programs, num_slots, max_length, draft)
         pool = PagePool(programs.pages.num_pages, programs.pages.page_size)
         self.scheduler = Scheduler(pool, num_slots, 1 + self._worker.num_guesses, reserve, num_micro_batches)
-        self._most_rows = bucket(-(-num_slots // num_micro_batches))
+        self._most_rows = power_of_two(-(-num_slots // num_micro_batches))
         self._least_rows = self._most_rows if strict else 1
         sizes = [tokens for tokens in CHUNK_TOKENS if tokens < chunk_tokens] + [chunk_tokens]
-        several = {tokens: min(max(1, LEAST_TOKENS // tokens), bucket(num_slots)) for tokens in sizes}
+        several = {tokens: min(max(1, LEAST_TOKENS // tokens), power_of_two(num_slots)) for tokens in sizes}
         self._chunks = [(1, chunk_tokens)] if strict else sorted({(rows, tokens) for tokens in sizes for rows in (1, several[tokens])})
         self._always_verifies = bool(draft) or num_ranks > 1 or strict
         self._guesses_found = False
@@ -227,7 +227,7 @@ class Engine:
             if grown:
                 self._worker.set_tables([sample.slot for sample in grown], [sample.pages for sample in grown])
             samples = [sample for sample in samples if sample.slot is not None]
-        number = max(self._least_rows, bucket(len(samples))) if lane.is_empty else lane.shape[0]
+        number = max(self._least_rows, power_of_two(len(samples))) if lane.is_empty else lane.shape[0]
         return self._tick(lane, (number, tokens, what), [Row.of(sample) for sample in samples])
 
     def _prefill(self):

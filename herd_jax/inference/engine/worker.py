@@ -35,13 +35,13 @@ class Worker:
         """Puts rows into slots."""
         for first in range(0, len(rows), SEVERAL):
             some, slots = list(rows[first : first + SEVERAL]), list(numbers[first : first + SEVERAL])
-            some += some[-1:] * (bucket(len(some)) - len(some))
+            some += some[-1:] * (power_of_two(len(some)) - len(some))
             put, joined = self.programs.put, jax.tree.map(lambda *parts: np.concatenate(parts), *some)
             self._slots = self.programs.prepare(self._slots, put(self._filled(slots, len(some), self.num_slots + 1)), put(joined))
 
     def set_tables(self, numbers: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
         """Gives slots their pages."""
-        tables = np.zeros((bucket(len(numbers)), self.max_pages), np.int32)
+        tables = np.zeros((power_of_two(len(numbers)), self.max_pages), np.int32)
         for row, of_slot in zip(tables, pages):
             row[: len(of_slot)] = of_slot
         slots = self._filled(numbers, len(tables), self.num_slots + 1)
@@ -59,7 +59,7 @@ class Worker:
 
     def sample(self, job: Job, logits, places: Sequence[int], numbers: Sequence[int], mask: np.ndarray | None) -> Drawn:
         """Starts the choice of what follows in slots, of which `places` are the rows of job and logits."""
-        number, put = max(len(job.slot_B), bucket(len(numbers))), self.programs.put
+        number, put = max(len(job.slot_B), power_of_two(len(numbers))), self.programs.put
         if mask is not None:
             mask = put(np.pad(mask, ((0, number - len(mask)), (0, 0)), constant_values=2**32 - 1))
         slots = put(self._filled(numbers, number, self.num_slots))
@@ -71,7 +71,7 @@ class Worker:
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages, from the first of each pair to the second."""
-        columns = [self.programs.put(self._filled(column, bucket(len(pairs)), BIN)) for column in zip(*pairs)]
+        columns = [self.programs.put(self._filled(column, power_of_two(len(pairs)), BIN)) for column in zip(*pairs)]
         self._pools = self.programs.copy_pages(self._pools, *columns)
         if self.draft:
             self.draft.copy_pages(*columns)
@@ -87,6 +87,6 @@ class Worker:
         return np.array([*values, *[rest] * (number - len(values))], np.int32)
 
 
-def bucket(size: int) -> int:
+def power_of_two(size: int) -> int:
     """Returns the smallest power of 2 that holds `size`, and at least 1."""
     return 1 << max(0, size - 1).bit_length()
