@@ -32,8 +32,9 @@ def _run(commands) -> None:
         from herd_jax.evaluation.benchmarks import harness
 
         return harness.run(
-            _evaluation(args), args.tasks, args.data, args.limit, batch_size=args.batch_size, chats=args.chat, preset=args.preset
-        )
+            _evaluation(args), args.tasks, args.data, args.limit, batch_size=args.batch_size, chats=args.chat, preset=args.preset,
+            unsafe_execution=args.unsafe_execution,
+        )  # fmt: skip
 
     command = commands.add_parser("run", help="tasks through lm-evaluation-harness, with 95 %% intervals; started again, it continues")
     _add_model(command)
@@ -46,6 +47,7 @@ def _run(commands) -> None:
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts generated at once; default: 16")
     command.add_argument("--chat", action="store_true", help="prompts in the model's chat format, and the preset instruct")
     command.add_argument("--preset", help="base: the likeliest choice; instruct: a written answer; default: as --chat says")
+    command.add_argument("--unsafe-execution", action="store_true", help="runs the model's code also where the machine cannot contain it")
     command.set_defaults(run=run)
 
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("config", "text"),
     ("mesh",),
     ("machines",),
-    ("reliability",),
+    ("reliability", "sandbox"),
     ("parallel",),
     ("models", "data"),
     ("training", "inference"),

@@ -31,12 +31,13 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is mean
 
 def run(
     evaluation: Evaluation, tasks: Sequence[str], data: str | None = None, limit: int | None = None, *,
-    batch_size: int = 16, chats: bool = False, preset: str | None = None,
+    batch_size: int = 16, chats: bool = False, preset: str | None = None, unsafe_execution: bool = False,
 ) -> str:  # fmt: skip
     """Evaluates the model on `tasks`; writes `run.json`, the items and the cache of answers, and returns the table to print.
 
     `limit`: items of each task, the first ones. `chats`: prompts in the chat format. `preset`: of the tasks' settings, "instruct" (the
-    model writes its answer) or "base" (the likeliest choice); by default as `chats` says. A run that was ended continues from its cache.
+    model writes its answer) or "base" (the likeliest choice); by default as `chats` says. `unsafe_execution`: code that the model wrote runs also where
+    the machine cannot contain it. A run that was ended continues from its cache.
     Raises UserError for tasks without data, and what `load` and `evaluate` raise.
     """
     preset = preset or ("instruct" if chats else "base")
@@ -44,7 +45,7 @@ def run(
         raise UserError(f"--preset is '{preset}': it must be one of {', '.join(PRESETS)}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}: it must be 1 or more")
-    found = find_tasks(tasks, preset, data)
+    found = find_tasks(tasks, preset, data, unsafe_execution)
     model = evaluation.model
     evaluation.check_directory()
     results = evaluate(model, found, evaluation.directory / "cache", limit, batch_size, chats)
@@ -94,7 +95,7 @@ def _check_kept(kept: Path) -> None:
             raise UserError(f"{file}, the answers so far, is damaged ({found.splitlines()[-1]}): remove it and start again")
 
 
-def find_tasks(names: Sequence[str], preset: str, data: str | None) -> list:
+def find_tasks(names: Sequence[str], preset: str, data: str | None, unsafe_execution: bool = False) -> list:
     """Returns our tasks where there are such, else the harness's own, whose data must be in the cache of Hugging Face.
 
     Raises UserError where there is no such task or its data is not on disk.
@@ -103,7 +104,7 @@ def find_tasks(names: Sequence[str], preset: str, data: str | None) -> list:
         raise UserError(f"--tasks names {min(repeated)} twice: name each once")
     if data is not None:
         check_directory(data)
-    found = {name: local_task(name, preset, data) for name in names}
+    found = {name: local_task(name, preset, data, unsafe_execution) for name in names}
     others = [name for name in names if found[name] is None]
     if not others:
         return list(found.values())

