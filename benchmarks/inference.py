@@ -172,8 +172,10 @@ def llama_cpp(args):
     path = write_gguf(args.model)
     most = max(args.concurrent)
     lib.llama_backend_init()
-    lib.llama_log_set(lib.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    silent = lib.llama_log_callback(lambda *_: None)  # which the library does not keep alive
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
     model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+    assert model, f"llama.cpp does not read {path}"
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_seq_max, settings.n_threads, settings.n_threads_batch = 256 * most, 2048, most, os.cpu_count(), os.cpu_count()
     settings.type_k = settings.type_v = 0  # F32, as the other sides
@@ -235,7 +237,8 @@ def write_gguf(directory: str) -> str:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([vocabulary.id_to_token(i) or f"<unused {i}>" for i in range(size)])
     writer.add_token_types([1] * size)
-    writer.add_token_merges([])
+    merges = json.loads(Path(f"{directory}/tokenizer.json").read_text())["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
 
     def pairs(array, number):
         half = array.shape[0] // number // 2

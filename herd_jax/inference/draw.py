@@ -62,8 +62,8 @@ def kept(z_RV: jax.Array, options: Options) -> jax.Array:
     return keep_RV & (e_RV >= options.min_p_R[:, None])
 
 
-def choose(logits_RV: jax.Array, z_RV: jax.Array, keep_RV: jax.Array, options: Options, position_R: jax.Array) -> jax.Array:
-    """Returns the token of each row for its position in the sequence, int32 [R]: the likeliest, or one drawn from those kept. `z_RV` are `scaled`.
+def choose(logits_RV: jax.Array, options: Options, position_R: jax.Array) -> jax.Array:
+    """Returns the token of each row for its position in the sequence, int32 [R]: the likeliest, or one drawn from those that pass the filters.
 
     NOT_FINITE stands for a row whose logits are not numbers, or that has no token left.
     """
@@ -71,7 +71,11 @@ def choose(logits_RV: jax.Array, z_RV: jax.Array, keep_RV: jax.Array, options: O
     # The same as jnp.argmax, which is five times slower on CPU.
     likeliest_R = jnp.where(logits_RV == most_R[:, None], jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)
     greedy_R = options.temperature_R < GREEDY_BELOW
-    drawn = lambda: _inverse(jnp.where(keep_RV, jnp.exp(z_RV), 0), uniforms(options, position_R))
+
+    def drawn():
+        z_RV = scaled(logits_RV, options)
+        return _inverse(jnp.where(kept(z_RV, options), jnp.exp(z_RV), 0), uniforms(options, position_R))
+
     chosen_R = jnp.where(greedy_R, likeliest_R, lax.cond(greedy_R.all(), lambda: likeliest_R, drawn))
     return jnp.where(jnp.isfinite(most_R), chosen_R, NOT_FINITE)
 
@@ -152,11 +156,9 @@ def penalised(logits_RV: jax.Array, seen_RV: jax.Array, count_RV: jax.Array, pen
 def draw(logits_RV: jax.Array, options: Options, position_R: jax.Array, num_ids: int | None = None) -> jax.Array:
     """Returns the next token of each row, as `choose` does after the filters; ids from `num_ids` on are never chosen (those that a tokenizer
     has no text for)."""
-    logits_RV = among(logits_RV, num_ids)
-    z_RV = scaled(logits_RV, options)
-    return choose(logits_RV, z_RV, kept(z_RV, options), options, position_R)
+    return choose(among(logits_RV, num_ids), options, position_R)
 
 
 def among(logits_RV: jax.Array, num_ids: int | None) -> jax.Array:
     """Returns the logits with those of ids from `num_ids` on at minus infinity."""
-    return logits_RV if num_ids is None else jnp.where(jnp.arange(logits_RV.shape[-1]) < num_ids, logits_RV, -jnp.inf)
+    return logits_RV if num_ids is None or num_ids >= logits_RV.shape[-1] else jnp.where(jnp.arange(logits_RV.shape[-1]) < num_ids, logits_RV, -jnp.inf)

@@ -25,7 +25,7 @@ from herd_jax.inference.engine.worker import Shape, Worker, power_of_two
 from herd_jax.inference.stopping import StopCondition
 from herd_jax.text.tokenizer import Tokenizer
 
-CHUNK_TOKENS = (16, 64, 256, 1024, 4096)  # of a row of a chunk; shorter ones go together, LEAST_TOKENS of them
+CHUNK_TOKENS = (16, 32, 64, 128, 256, 1024, 4096)  # of a row of a chunk; shorter ones go together, LEAST_TOKENS of them
 LEAST_TOKENS = 256
 
 

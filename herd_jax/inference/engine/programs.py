@@ -274,10 +274,12 @@ class Programs:
             bits_QV = jnp.repeat(mask_QW, 32, 1)[:, :V] >> (jnp.arange(V, dtype=jnp.uint32) % 32)
             changed_QV = jnp.where(bits_QV & 1 == 1, changed_QV, -jnp.inf)
         options = pick(slots.options)
-        z_QV = scaled(changed_QV, options)
-        keep_QV = kept(z_QV, options)
-        ids_Q = choose(changed_QV, z_QV, keep_QV, options, position_Q)
-        find = lambda: _log_p(logits_QV, jnp.where(keep_QV, z_QV, -jnp.inf), ids_Q)
+        ids_Q = choose(changed_QV, options, position_Q)
+
+        def find():
+            z_QV = scaled(changed_QV, options)
+            return _log_p(logits_QV, jnp.where(kept(z_QV, options), z_QV, -jnp.inf), ids_Q)
+
         nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(find))
         return ids_Q, *lax.cond(slots.log_probs[slot_Q].any(), find, nothing)
 
