@@ -134,6 +134,25 @@ class Model:
         self._check_length(max(map(len, rows)), "the prompt with its answer is")
         return self._scorer.misses(self.params, rows, [len(prompt) for prompt in prompts]) == 0
 
+    def log_probabilities(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Returns, for each prompt's ids, the log-probability in nats of each id of its answer, FP32 [ids of the answer]."""
+        rows = self._joined(prompts, answers)
+        return self._scorer.log_probabilities(self.params, rows, [len(prompt) for prompt in prompts])
+
+    def rewards(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        """Returns the reward that this reward model gives each answer's ids, which end with the end of the turn: [prompts]."""
+        if not self.config.reward:
+            raise UserError("the model is no reward model: make one with python -m herd_jax.post_train reward")
+        return self._scorer.rewards(self.params, self._joined(prompts, answers))
+
+    def _joined(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[list[int]]:
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        for prompt, row in zip(prompts, rows):
+            self._check_ids(prompt)
+            self._check_ids(row)
+        self._check_length(max(map(len, rows), default=0), "the prompt with its answer is")
+        return rows
+
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Sequence[str] = (), samples: Sequence[int] | None = None, **options,

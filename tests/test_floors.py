@@ -24,7 +24,7 @@ FLOORS = (
     ("training", "inference"),
     ("planning", "interop", "curation"),
     ("model",),
-    ("evaluation", "serving"),
+    ("evaluation", "post_training", "serving"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 COMMANDS = len(FLOORS)

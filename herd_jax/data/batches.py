@@ -2,7 +2,8 @@
 reads the same tokens, each only the rows of its own devices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -20,13 +21,11 @@ TOKENS = PartitionSpec(None, "dp", "cp")  # of a field with a value for each tok
 ROWS = PartitionSpec(None, "dp")  # of a field with a value for each row: [num_micro_batches, B of all dp ranks]
 
 
-class TrainingBatches:
-    """Random access to this process's part of each step's batch; a Grain data source."""
+class Batches:
+    """Random access to this process's part of each step's batch, of `rows` without end for each sequence length; a Grain data source."""
 
-    def __init__(self, config: DataConfig, streams: Sequence[TokenStream], ramp: Ramp, seed: int, num_steps: int, sharding: NamedSharding):
-        self.ramp, self.num_steps, self.sharding = ramp, num_steps, sharding
-        lengths = {phase.seq_len for phase in ramp.phases}
-        self.rows = {n: TrainingRows(streams, mixture(config, ramp, n), n, _seed(seed, n), config.document_mask) for n in lengths}
+    def __init__(self, rows: Mapping[int, Any], ramp: Ramp, num_steps: int, sharding: NamedSharding):
+        self.rows, self.ramp, self.num_steps, self.sharding = rows, ramp, num_steps, sharding
 
     def __len__(self) -> int:
         return self.num_steps
@@ -39,6 +38,13 @@ class TrainingBatches:
         """Returns the batches from `first_step` on, read ahead by Grain's threads."""
         options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=NUM_PREFETCHED)
         return iter(grain.MapDataset.source(self)[first_step:].to_iter_dataset(options))
+
+
+def stream_batches(config: DataConfig, streams: Sequence[TokenStream], ramp: Ramp, seed: int, num_steps: int, sharding: NamedSharding) -> Batches:
+    """Returns the batches of a run on token streams."""
+    lengths = {phase.seq_len for phase in ramp.phases}
+    rows = {n: TrainingRows(streams, mixture(config, ramp, n), n, seed_of_length(seed, n), config.document_mask) for n in lengths}
+    return Batches(rows, ramp, num_steps, sharding)
 
 
 def mixture(config: DataConfig, ramp: Ramp, seq_len: int) -> Mixture:
@@ -100,6 +106,6 @@ class _Padded:
         return {field: np.zeros_like(array) for field, array in self.rows[0].items()}
 
 
-def _seed(seed: int, seq_len: int) -> int:
+def seed_of_length(seed: int, seq_len: int) -> int:
     """Returns another seed for each sequence length, so that a later phase does not begin with the rows of an earlier one."""
     return int(np.random.SeedSequence([seed, seq_len]).generate_state(1)[0])

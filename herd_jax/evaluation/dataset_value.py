@@ -106,10 +106,10 @@ def held_out_losses(models: Sequence[str | Path], config: RunConfig, sources: Se
     def measure(params, rows) -> SourceLoss:
         groups = []
         for first, batch in zip(range(0, len(rows), dp), validation_batches(rows, phase, sharding)):
-            sums = steps.evaluate(params, batch.to_devices(sharding))
+            sums, counts = steps.evaluate(params, batch.to_devices(sharding))
             group = [rows[i] for i in range(first, min(first + dp, len(rows)))]
             size = sum(int(num_bytes[row["targets"][row["loss_mask"]]].sum()) for row in group)
-            groups.append(HeldOutLoss(float(sums["loss"]), float(sums["count"]), size))
+            groups.append(HeldOutLoss(float(sums["loss"]), float(counts["targets"]), size))
         return SourceLoss(groups)
 
     found = []

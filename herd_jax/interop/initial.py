@@ -5,14 +5,17 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from herd_jax.errors import UserError
 from herd_jax.files import user_path
+from herd_jax.interop.formats.mapping import parameters
 from herd_jax.interop.formats.workdir import CheckpointSource, read_state
-from herd_jax.interop.load import load_params, open_source
+from herd_jax.interop.load import load_array, open_source
 from herd_jax.interop.source import Source
 from herd_jax.models.config import ModelConfig
+from herd_jax.models.params import is_declaration, parameter_name
 from herd_jax.reliability.workdir import CHECKPOINTS, stage_directories
 from herd_jax.text.tokenizer import Tokenizer
 from herd_jax.training.checkpoints.checkpoint import Checkpointer
@@ -57,7 +60,10 @@ class InitialWeights:
     def load_state(self, steps: Steps, seed: int) -> State:
         if self.moments:
             return steps.plan.at_its_beginning(read_state(self.source.directory.parent, steps.plan))
-        return steps.plan.init(seed)._replace(params=load_params(self.source, steps.layout, steps.model.declared, jnp.float32))
+        fresh, known = steps.plan.init(seed), parameters(self.source.config)
+        own = lambda path, d, new: load_array(self.source, parameter_name(path), d, steps.layout.mesh, steps.layout.stored(d), jnp.float32)
+        load = lambda path, d, new: own(path, d, new) if parameter_name(path) in known else new  # a new head begins at random
+        return fresh._replace(params=jax.tree_util.tree_map_with_path(load, steps.model.declared, fresh.params, is_leaf=is_declaration))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         mine = self.source.tokenizer
@@ -91,7 +97,7 @@ def _begun(config: RunConfig) -> RunConfig | None:
     """Returns the config that the run's own newest checkpoint (of its first stage) keeps, if it began with the same `init_from`."""
     directory = (stage_directories(config.directory) or [config.directory])[0]
     newest = Checkpointer(directory / CHECKPOINTS, keep=1).newest() if (directory / CHECKPOINTS).is_dir() else None
-    saved = newest and parse_saved(newest[1]["config"])
+    saved = newest and parse_saved(newest[1]["config"], type(config))
     return saved if saved and saved.init_from == config.init_from else None
 
 

@@ -28,6 +28,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02  # ours: the paper does not say
     fp8: Fp8Config | None = None  # of a quantized model
+    reward: bool = False  # of a reward model: its head gives a number for a token, in place of logits
 
     def __post_init__(self):
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size"):
@@ -103,6 +104,7 @@ class ModelConfig:
     norm_eps: float | None = None  # added to the mean square in RMSNorm
     tie_embeddings: bool | None = None  # whether the output matrix is the embedding's
     init_std: float | None = None  # standard deviation of first weights; those that write to the residual stream have it over sqrt(2 L)
+    reward: bool | None = None  # whether the head gives a reward in place of logits
 
     def resolve(self) -> LlamaConfig:
         """Returns the dimensions of the named model with the overrides. Raises UserError for an unknown name or impossible dimensions."""

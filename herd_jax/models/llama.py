@@ -118,12 +118,15 @@ class Fp8FeedForward(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The final norm, and the output matrix unless it is the embedding's."""
+    """The final norm, and the output matrix unless it is the embedding's; of a reward model the weights of the reward, of which each tp rank has a
+    part."""
 
     def __init__(self, config: LlamaConfig):
         self.config = config
         self.norm = declare((config.dim,), (None,), ones)
-        if not config.tie_embeddings:
+        if config.reward:
+            self.reward = declare((config.dim,), ("reward",), normal(config.init_std))
+        elif not config.tie_embeddings:
             self.output = declare((config.dim, config.vocab_size), ("embed", "vocab"), normal(config.init_std))
 
     def hidden(self, x_BTD: jax.Array, between: tensor.Between) -> jax.Array:
@@ -170,8 +173,10 @@ class Llama:
         return bind(self.graphs["layer"], weights)
 
     def head(self, ends: dict) -> tuple[Head, jax.Array]:
-        """Returns the head and this rank's part of the output matrix [D, V]."""
+        """Returns the head and this rank's part of the output matrix [D, V], or of the weights of the reward [D]."""
         module = bind(self.graphs["head"], ends["head"])
+        if self.config.reward:
+            return module, module.reward[...]
         return module, ends["embed"]["table"].T if self.config.tie_embeddings else module.output[...]
 
     def program(self, layers_per_stage: tuple[int, ...], objective) -> Program:
@@ -198,7 +203,7 @@ class Llama:
             module, output_DV = self.head(ends)
             return objective(module.hidden(x_BTD, between), output_DV, batch.fields)
 
-        head_keys = ("embed", "head") if self.config.tie_embeddings else ("head",)
+        head_keys = ("embed", "head") if self.config.tie_embeddings and not self.config.reward else ("head",)
         return Program(embed, layer, head, ("embed",), head_keys, layers_per_stage)
 
     def micro_batches(self, batch: dict[str, jax.Array]) -> MicroBatch:

@@ -23,7 +23,7 @@ from herd_jax.parallel import data
 from herd_jax.parallel.schedule import split_layers
 
 PyTree = Any
-MESH_AXES = {"embed": FSDP_AXES, "kv_heads": "tp", "ffn": "tp", "vocab": "tp", "layers": "pp", None: None}
+MESH_AXES = {"embed": FSDP_AXES, "kv_heads": "tp", "ffn": "tp", "vocab": "tp", "reward": "tp", "layers": "pp", None: None}
 
 
 @dataclasses.dataclass(frozen=True)

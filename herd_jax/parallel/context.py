@@ -65,12 +65,12 @@ gather_keys.defvjp(_gather_keys_forward, _gather_keys_backward)
 
 
 def sum_over_rows(values_BT: jax.Array) -> jax.Array:
-    """Returns the sums of whole rows, the same on every cp rank: [B, T] -> [B].
+    """Returns the sums of whole rows, the same on every cp rank: [B, T, ...] -> [B, ...].
 
     Each cp rank computes the loss that is made from them, so each must count 1 / cp of it. Then the transpose of the psum, which is a psum,
     adds these shares of the cotangent up to the whole.
     """
-    sums_B = values_BT.sum(-1)
+    sums_B = values_BT.sum(1)
     return sums_B if collectives.axis_size("cp") == 1 else lax.psum(sums_B, "cp")
 
 

@@ -22,6 +22,15 @@ def scatter_sequence(x_BTD: jax.Array) -> jax.Array:
     return collectives.reduce_scatter(x_BTD, "tp", dim=1)
 
 
+@jax.custom_vjp
+def sum_of_parts(parts: jax.Array) -> jax.Array:
+    """Adds up the tp ranks' parts of a value that all of them go on with; the cotangent of each part is that of the sum."""
+    return collectives.all_reduce(parts, "tp")
+
+
+sum_of_parts.defvjp(lambda parts: (sum_of_parts(parts), None), lambda _, cotangent: (cotangent,))
+
+
 def vocabulary_slice(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Returns the indices of token ids in this rank's `size` rows of the vocabulary (clipped to them), and whether each id is among them."""
     local = ids - lax.axis_index("tp") * size

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from herd_jax.data.batches import TOKENS, HostBatch, TrainingBatches
+from herd_jax.data.batches import TOKENS, HostBatch, stream_batches
 from herd_jax.data.ramp import Phase
 from herd_jax.data.rows import check_vocabulary, load_data_tokenizer, open_streams
 from herd_jax.training.config import RunConfig
 from herd_jax.training.objectives import next_token
 from herd_jax.training.step import Steps
-from herd_jax.training.task import Fields, Task
+from herd_jax.training.task import Fields, Sums, Task, means_over
 from herd_jax.training.validation import Validation
 
 
@@ -26,7 +26,7 @@ class StreamData:
             for path, train, validation in zip(config.data.paths, streams, held_out, strict=True)
         }
         self.ramp, self.num_tokens = config.train.ramp, sum(stream.num_tokens for stream in streams)
-        self._batches = TrainingBatches(config.data, streams, self.ramp, config.seed, config.train.num_steps, steps.batch_sharding)
+        self._batches = stream_batches(config.data, streams, self.ramp, config.seed, config.train.num_steps, steps.batch_sharding)
         self.tokenizer = load_data_tokenizer(config.data, streams)
         self._validation = Validation(config, steps, held_out, self.tokenizer)
         self._validation.check(self.ramp.phases)
@@ -38,9 +38,9 @@ class StreamData:
         return self._validation.metrics(params, phase, heed)
 
 
-def count_targets(fields: Fields) -> jnp.ndarray:
+def count_targets(fields: Fields) -> Sums:
     """Returns the number of tokens that have a loss."""
-    return jnp.sum(fields["loss_mask"], dtype=jnp.float32)
+    return {"targets": jnp.sum(fields["loss_mask"], dtype=jnp.float32)}
 
 
 NEXT_TOKEN = Task(
@@ -48,5 +48,6 @@ NEXT_TOKEN = Task(
     {field: TOKENS for field in ("tokens", "targets", "loss_mask", "segment_ids", "positions")},
     next_token,
     count_targets,
+    means_over("targets"),
     StreamData,
 )

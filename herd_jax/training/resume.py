@@ -73,23 +73,27 @@ class Change:
         return f"{self.name} was {textwrap.shorten(before, 80)}"
 
 
-def parse_saved(config: dict) -> RunConfig:
-    """Returns the config that a checkpoint keeps, without fields that exist no longer; newer fields have their defaults."""
+def parse_saved(config: dict, kind: type[RunConfig] = RunConfig) -> RunConfig:
+    """Returns the config that a checkpoint keeps, without fields that exist no longer; newer fields have their defaults. What only a more special
+    kind of run has is left out."""
     given = lambda section: {name: value for name, value in section.items() if (name, value) != ("rope_scaling", None)}  # see config.NotGiven
     train = {name: value for name, value in config.get("train", {}).items() if name not in GONE}
     train |= {"stages": [given(stage) for stage in train.get("stages", ())]}
-    return parse(RunConfig, {**config, "model": given(config.get("model", {})), "train": train})
+    own = {field.name for field in dataclasses.fields(kind)}
+    values = {**config, "model": given(config.get("model", {})), "train": train}
+    return parse(kind, {name: value for name, value in values.items() if name in own})
 
 
 def changes(record: dict, config: RunConfig, identities: Identities) -> list[Change]:
     """Returns in what `config` contradicts that of the run whose checkpoint has `record`; `identities` are those of now."""
-    saved, position = parse_saved(record["config"]), record["position"]
+    saved, position = parse_saved(record["config"], type(config)), record["position"]
     known = position.get("identities")
     if known and config.init_from not in identities["init_from"]:  # it is gone: then its name is all that can be compared
         known = {**known, "init_from": {}}
     before = _settled(saved, position["tokens"], config.train.ramp, known)
     now = _settled(config, position["tokens"], config.train.ramp, known and identities)
-    names = [name for name in differences(before, now) if any(name == key or name.startswith(key + ".") for key in SETTLED)]
+    special = {field.name for field in dataclasses.fields(config)} - {field.name for field in dataclasses.fields(RunConfig)}
+    names = [name for name in differences(before, now) if any(name == key or name.startswith(key + ".") for key in (*SETTLED, *special))]
     as_written = lambda name, settled, config: _at(to_dict(config) if name.startswith(("data", "init_from")) else settled, name)
     return [Change(name, as_written(name, before, saved), as_written(name, now, config)) for name in names]
 

@@ -20,7 +20,7 @@ from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training.checkpoints.checksums import checksum
 from herd_jax.training.optimizer import OptimizerConfig, clip, global_norm, learning_rate
 from herd_jax.training.state import State, StatePlan
-from herd_jax.training.task import Task
+from herd_jax.training.task import Sums, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Steps:
 
     @functools.cached_property
     def evaluate(self):
-        """Returns the function (params, batch) -> the objective's sums over the batch, and its "count"."""
-        return self._jit(self._evaluate, (self.plan.specs.params, self._batch_specs), PartitionSpec())
+        """Returns the function (params, batch) -> (the objective's sums over the batch, its counts)."""
+        return self._jit(self._evaluate, (self.plan.specs.params, self._batch_specs), (PartitionSpec(), PartitionSpec()))
 
     @functools.cached_property
     def gradient(self):
@@ -75,7 +75,7 @@ class Steps:
 
         def own(params, batch):
             sums, _, gradients = self._own_gradient(params, batch)
-            checksums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves((sums["loss"], gradients))])
+            checksums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves((sums, gradients))])
             return collectives.all_gather(checksums[None], self.layout.mesh.axis_names, 0)
 
         return self._jit(own, (self.plan.specs.params, self._batch_specs), PartitionSpec())
@@ -110,33 +110,35 @@ class Steps:
         return means["loss"], gradients
 
     def _mean_gradient(self, params, batch: dict):
-        """Returns the objective's sums over the whole batch, divided by its count, and the gradient."""
-        sums, count, gradients = self._own_gradient(params, batch)
+        """Returns the means over the whole batch, and the gradient."""
+        sums, counts, gradients = self._own_gradient(params, batch)
         if self.gather == "step":
             gradients = data.reduce_gradients(gradients, self.plan.specs.params)
         gradients["ends"] = collectives.all_reduce(gradients["ends"], "pp")
-        return jax.tree.map(lambda total: total / jnp.maximum(count, 1), collectives.all_reduce(sums, ("dp", "cp"))), gradients
+        return self.task.means(collectives.all_reduce(sums, ("dp", "cp")), counts), gradients
 
     def _own_gradient(self, params, batch: dict):
-        """Returns this device's sums, the count of all devices, and this device's summand of the gradient."""
-        count = collectives.all_reduce(self.task.count(batch), ("dp", "cp"))
-        program = self._program(1 / jnp.maximum(count, 1))
+        """Returns this device's sums, the counts of all devices (at least 1), and this device's summand of the gradient."""
+        counts = jax.tree.map(lambda count: jnp.maximum(count, 1), collectives.all_reduce(self.task.counts(batch), ("dp", "cp")))
+        program = self._program(jax.tree.map(lambda count: 1 / count, counts))
         schedule = self.pipeline.build(self.layout.mesh.shape["pp"], len(batch["tokens"]))
         weights, exchange = self.weights(params)
         sums, d_ends, d_layers = pipeline.value_and_gradient(
             program, weights["ends"], weights["layers"], self.model.micro_batches(batch), schedule, exchange
         )
-        return sums, count, {"ends": d_ends, "layers": d_layers}
+        return sums, counts, {"ends": d_ends, "layers": d_layers}
 
     def _evaluate(self, params, batch: dict):
         schedule = self.pipeline.build_evaluation(self.layout.mesh.shape["pp"], len(batch["tokens"]))
         weights, exchange = self.weights(params)
         batches = self.model.micro_batches(batch)
-        sums = pipeline.evaluate(self._program(1.0), weights["ends"], weights["layers"], batches, schedule, exchange)
-        return collectives.all_reduce(sums | {"count": self.task.count(batch)}, ("dp", "cp"))
+        counts = self.task.counts(batch)
+        program = self._program(jax.tree.map(jnp.ones_like, counts))
+        sums = pipeline.evaluate(program, weights["ends"], weights["layers"], batches, schedule, exchange)
+        return collectives.all_reduce((sums, counts), ("dp", "cp"))
 
-    def _program(self, weight: jax.Array | float) -> Program:
-        return self.model.program(self.layout.layers_per_stage, self.task.objective(self.model.config.vocab_size, weight))
+    def _program(self, weights: Sums) -> Program:
+        return self.model.program(self.layout.layers_per_stage, self.task.objective(self.model.config.vocab_size, weights))
 
     def weights(self, params):
         """Returns the weights as the pipeline is given them, and what it does with them and their gradients."""

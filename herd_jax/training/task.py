@@ -17,11 +17,12 @@ from herd_jax.text.tokenizer import Tokenizer
 
 PyTree = Any
 Fields = Mapping[str, jax.Array]
+Sums = Mapping[str, jax.Array]  # FP32 scalars by name
 
 
 class Objective(Protocol):
     def __call__(self, hidden_BTD: jax.Array, output_DV: jax.Array, fields: Fields) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns, for one device's share of a micro-batch, the scalar to minimise and the sums that are logged, "loss" among them.
+        """Returns, for one device's share of a micro-batch, the scalar to minimise and the sums that are logged.
 
         Fields are [B, T] (for tokens) or [B] (for rows). What is returned is added up over all micro-batches and over (dp, cp), so a value that
         all cp ranks have must be returned as 1 / cp of it on each. Values are equal on every tp rank.
@@ -50,11 +51,17 @@ class TaskData(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained. `objective(vocab_size, weight)` weights what is minimised and not what is logged, so that with weight 1 / (`count` of the
+    """What is trained. `objective(vocab_size, weights)` weights what is minimised and not what is logged, so that with weights 1 / (`counts` of the
     whole batch) the scalars of all devices and micro-batches sum to the mean loss, however the batch is cut."""
 
     name: str
     fields: Mapping[str, PartitionSpec]  # of a batch, those that the model reads among them: data.batches.TOKENS or ROWS
-    objective: Callable[[int, jax.Array | float], Objective]
-    count: Callable[[Fields], jax.Array]  # a device's share of a batch -> its share of what a mean is over (targets, rows, pairs), FP32
+    objective: Callable[[int, Sums], Objective]
+    counts: Callable[[Fields], Sums]  # a device's share of a batch -> its share of what means are over (targets, rows, pairs)
+    means: Callable[[Sums, Sums], dict[str, jax.Array]]  # (the objective's sums, the counts) -> what is logged, "loss" among it
     open: Callable[[Any, Any], TaskData]  # (RunConfig, Steps) -> what the run reads. Raises UserError for data that does not fit
+
+
+def means_over(count: str) -> Callable[[Sums, Sums], dict[str, jax.Array]]:
+    """Returns the `means` of a task that has one count."""
+    return lambda sums, counts: {name: total / counts[count] for name, total in sums.items()}

@@ -74,9 +74,10 @@ class Validation:
         sharding = self._steps.batch_sharding
         found = []
         for batch in validation_batches(rows, phase, sharding):
-            found.append(self._steps.evaluate(params, batch.to_devices(sharding)))
+            sums, counts = self._steps.evaluate(params, batch.to_devices(sharding))
+            found.append((float(sums["loss"]), float(counts["targets"])))
             heed()
-        nats, num_targets = (float(np.sum([float(sums[key]) for sums in found])) for key in ("loss", "count"))
+        nats, num_targets = map(float, np.sum(found, 0))
         return HeldOutLoss(nats, num_targets, self._bytes(phase, name, rows))
 
     def _rows(self, phase: Phase) -> dict[str, Sequence]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from herd_jax.data.batches import TOKENS, TrainingBatches, read_batch, validation_batches
+from herd_jax.data.batches import TOKENS, read_batch, stream_batches, validation_batches
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig, validation_rows
 from herd_jax.data.streams import StreamWriter, TokenStream
@@ -40,7 +40,7 @@ def sharding(tp=1, cp=1, pp=1, dp=1):
 
 
 def training(streams, where, seed=0, num_steps=8, ramp=RAMP):
-    return TrainingBatches(DATA, streams, ramp, seed, num_steps, where)
+    return stream_batches(DATA, streams, ramp, seed, num_steps, where)
 
 
 def in_row_order(host_batch, where):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from herd_jax.config import parse, to_dict
-from herd_jax.data.batches import TOKENS, TrainingBatches, mixture
+from herd_jax.data.batches import TOKENS, mixture, stream_batches
 from herd_jax.data.mixture import Mixture
 from herd_jax.data.ramp import Phase, Ramp
 from herd_jax.data.rows import DataConfig, MixPhase, TrainingRows, open_streams
@@ -99,7 +99,7 @@ def data(tmp_path_factory):
 
 def batches(config, ramp, num_steps):
     sharding = NamedSharding(make_mesh(MeshConfig(dp=1), jax.devices()[:1]), TOKENS)
-    return TrainingBatches(config, open_streams(config, "train"), ramp, 7, num_steps, sharding)
+    return stream_batches(config, open_streams(config, "train"), ramp, 7, num_steps, sharding)
 
 
 def sources_of(batch):

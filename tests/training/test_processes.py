@@ -92,6 +92,7 @@ def one_process(base):
     return base / "one"
 
 
+@pytest.mark.slow
 def test_two_processes_then_four_after_an_interrupt(base, one_process, tmp_path):
     """Ctrl-C, here before or in the first evaluation, stops both after the same step; four processes continue there, and end with the losses of
     one."""

@@ -11,7 +11,7 @@ from herd_jax.models.log_probabilities import log_probabilities
 from herd_jax.parallel import collectives, context
 from herd_jax.parallel.schedule import PipelineConfig
 from herd_jax.training.next_token import NEXT_TOKEN
-from herd_jax.training.task import Task
+from herd_jax.training.task import Task, means_over
 
 ZERO_BUBBLE = PipelineConfig("zero_bubble")
 MESHES = pytest.mark.parametrize(
@@ -40,18 +40,18 @@ def loss_of_pairs(log_p_B, sign_B):
 
 
 def task_of(loss_of) -> Task:
-    def objective(vocab_size, weight):
+    def objective(vocab_size, weights):
         def of_micro_batch(hidden_BTD, output_DV, fields):
             log_p_BT = log_probabilities(hidden_BTD, output_DV, fields["targets"], vocab_size)
             log_p_B = context.sum_over_rows(jnp.where(fields["loss_mask"], log_p_BT, 0))
             share = 1 / collectives.axis_size("cp")  # each cp rank knows the whole row
             loss = loss_of(log_p_B, fields["sign"]).sum() * share
-            return loss * weight, {"loss": loss, "likely": (log_p_B > -50).sum(dtype=jnp.float32) * share}
+            return loss * weights["rows"], {"loss": loss, "likely": (log_p_B > -50).sum(dtype=jnp.float32) * share}
 
         return of_micro_batch
 
-    count = lambda fields: jnp.float32(fields["sign"].size) / collectives.axis_size("cp")
-    return Task(loss_of.__name__, {**NEXT_TOKEN.fields, "sign": ROWS}, objective, count, None)
+    counts = lambda fields: {"rows": jnp.float32(fields["sign"].size) / collectives.axis_size("cp")}
+    return Task(loss_of.__name__, {**NEXT_TOKEN.fields, "sign": ROWS}, objective, counts, means_over("rows"), None)
 
 
 def rows_with_signs():
@@ -85,13 +85,13 @@ def test_all_that_a_task_logs_is_a_mean_over_its_count(params):
     rows, steps = rows_with_signs(), tiny.make_steps(1, 2, 2, 2, task=task_of(loss_of_rows))
     batch, likely = tiny.to_batch(steps, rows, 2), np.asarray(plain_log_p(params, rows) > -50)
     assert 0 < likely.mean() < 1
-    sums = jax.tree.map(float, steps.evaluate(steps.plan.init(0).params, batch))
-    assert sums["count"] == tiny.NUM_ROWS and sums["likely"] == likely.sum()
+    sums, counts = jax.tree.map(float, steps.evaluate(steps.plan.init(0).params, batch))
+    assert counts["rows"] == tiny.NUM_ROWS and sums["likely"] == likely.sum()
     _, metrics = steps.train(steps.plan.init(0), batch)
     assert float(metrics["likely"]) == pytest.approx(likely.mean()) and float(metrics["loss"]) == pytest.approx(sums["loss"] / tiny.NUM_ROWS)
 
 
-BRANCHES = Task("next token of branches", {**NEXT_TOKEN.fields, "branch_ids": TOKENS}, NEXT_TOKEN.objective, NEXT_TOKEN.count, None)
+BRANCHES = Task("next token of branches", {**NEXT_TOKEN.fields, "branch_ids": TOKENS}, NEXT_TOKEN.objective, NEXT_TOKEN.counts, NEXT_TOKEN.means, None)
 
 
 @MESHES

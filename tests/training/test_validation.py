@@ -81,9 +81,9 @@ def test_one_source_has_no_name_and_the_value_of_the_plain_batches(sources):
     batches = [read_batch(chosen, first, PHASE, steps.batch_sharding).to_devices(steps.batch_sharding) for first in (0, 8)]
     sums = [steps.evaluate(params, batch) for batch in batches]
     assert values.keys() == {"val_loss", "val_bits_per_byte"}
-    assert values["val_loss"] == np.sum([float(s["loss"]) for s in sums]) / np.sum([float(s["count"]) for s in sums])
+    assert values["val_loss"] == np.sum([float(s["loss"]) for s, _ in sums]) / np.sum([float(c["targets"]) for _, c in sums])
     targets = [int(target) for row in chosen for target in row["targets"][row["loss_mask"]]]
-    expected = sum(float(s["loss"]) for s in sums) / math.log(2) / sum(target < 256 for target in targets)
+    expected = sum(float(s["loss"]) for s, _ in sums) / math.log(2) / sum(target < 256 for target in targets)
     assert values["val_bits_per_byte"] == pytest.approx(expected)
 
 

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from herd_jax.mesh import on_mesh, to_host
 from herd_jax.models.cross_entropy import cross_entropy_sum
 from herd_jax.models.llama import Llama
-from herd_jax.models.log_probabilities import count_misses
+from herd_jax.models.log_probabilities import count_misses, log_probabilities
 from herd_jax.models.params import Layout, map_declarations
+from herd_jax.models.reward import rewards
 from herd_jax.parallel import collectives
 from herd_jax.parallel.context import zigzag_order
 from herd_jax.parallel.relay import relay
@@ -50,9 +51,33 @@ class Scorer:
         """
         return self._sums(self._misses, params, rows, starts)
 
+    def log_probabilities(self, params, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
+        """Returns, for each row, the log-probability in nats of each of its ids from its `starts` (1 or more) on, given those before."""
+        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+        for some, batch, order in self._batches_of(rows, starts):
+            log_p_BS = to_host(self._log_p(params, batch))[:, np.argsort(order)]
+            for at, i in enumerate(some):
+                found[i] = log_p_BS[at, starts[i] - 1 : len(rows[i]) - 1]
+        return found
+
+    def rewards(self, params, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Returns the reward that a reward model gives each row, read at its last id."""
+        found = np.zeros(len(rows))
+        for some, batch, order in self._batches_of([[*row, 0] for row in rows], [1] * len(rows)):
+            reward_BS = to_host(self._rewards(params, batch))[:, np.argsort(order)]
+            found[some] = [reward_BS[at, len(rows[i]) - 1] for at, i in enumerate(some)]
+        return found
+
     def _sums(self, function, params, rows, starts) -> np.ndarray:
-        """Returns the sum of each row. Rows of similar length are computed together, so that every dp rank has work."""
-        dp, sums = self.layout.mesh.shape["dp"], np.zeros(len(rows))
+        sums = np.zeros(len(rows))
+        for some, batch, _ in self._batches_of(rows, starts):
+            sums[some] = to_host(function(params, batch))[: len(some)]
+        return sums
+
+    def _batches_of(self, rows, starts):
+        """Yields (the numbers of some rows, their batch, the order of its tokens). Rows of similar length go together, so that every dp rank has
+        work."""
+        dp = self.layout.mesh.shape["dp"]
         size = lambda i: bucket(len(rows[i]) - 1)
         for num_targets, group in itertools.groupby(sorted(range(len(rows)), key=size), key=size):
             members, most = list(group), dp * max(1, RANK_TOKENS // num_targets)
@@ -61,9 +86,7 @@ class Scorer:
                 ids_BS, mask_BS = np.zeros(shape, np.int32), np.zeros(shape, bool)
                 for row, i in enumerate(some):
                     ids_BS[row, : len(rows[i])], mask_BS[row, starts[i] : len(rows[i])] = rows[i], True
-                batch, _ = self._batch(ids_BS[:, :-1], mask_BS[:, 1:], ids_BS[:, 1:])
-                sums[some] = to_host(function(params, batch))[: len(some)]
-        return sums
+                yield some, *self._batch(ids_BS[:, :-1], mask_BS[:, 1:], ids_BS[:, 1:])
 
     @functools.cached_property
     def _logits(self):
@@ -72,6 +95,20 @@ class Scorer:
             return jnp.zeros(()), {"logits": logits_BTV}
 
         return self._jit(lambda params, batch: self._run(objective, params, batch)["logits"][None], PartitionSpec(None, "dp", "cp", "tp"))
+
+    @functools.cached_property
+    def _log_p(self):
+        vocab_size = self.model.config.vocab_size
+
+        def objective(hidden_BTD, output_DV, fields):
+            return jnp.zeros(()), {"found": log_probabilities(hidden_BTD, output_DV, fields["targets"], vocab_size)}
+
+        return self._jit(lambda params, batch: self._run(objective, params, batch)["found"], PartitionSpec("dp", "cp"))
+
+    @functools.cached_property
+    def _rewards(self):
+        objective = lambda hidden_BTD, reward_D, _: (jnp.zeros(()), {"found": rewards(hidden_BTD, reward_D)})
+        return self._jit(lambda params, batch: self._run(objective, params, batch)["found"], PartitionSpec("dp", "cp"))
 
     @functools.cached_property
     def _loss(self):

@@ -192,6 +192,7 @@ def test_progress_is_counted_over_all_stages(whole):
     assert all(earlier.end <= later.start + 1e-3 for earlier, later in zip(goodput.intervals, goodput.intervals[1:]))
 
 
+@pytest.mark.slow
 def test_the_gate_holds_back_until_the_limit(data, tmp_path, capsys):
     """A stage of 6 steps that would pass after 9 trains on for 1 step at a time, twice; with a higher limit it gets there."""
     limits = {"round_tokens": 256, "max_rounds": 2}
