@@ -4,6 +4,7 @@ Rows of pre-training cut documents (`rows.py`); rows here have room left at thei
 """
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ class PackedRows:
         self._epochs, self._seq_len, self._seed, self._most = epochs, seq_len, seed, most
         self._sizes = np.array([[len(example["tokens"]), *(example[name].max(initial=0) for name in most)] for example in self._examples])
         self._room = np.array([seq_len, *most.values()])
-        self._starts = [0]  # the first row of each epoch that is known
+        self._starts, self._lock = [0], threading.Lock()  # the first row of each epoch that is known; several threads read rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, first = self.locate(index)
@@ -35,8 +36,9 @@ class PackedRows:
 
     def locate(self, index: int) -> tuple[int, int]:
         """Returns the epoch of a row, and the first row of that epoch."""
-        while self._starts[-1] <= index:
-            self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
+        with self._lock:
+            while self._starts[-1] <= index:
+                self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
         epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return epoch, self._starts[epoch]
 

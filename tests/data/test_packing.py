@@ -1,6 +1,7 @@
 """Packing: nothing cut, lost or mixed; rows are a function of (seed, epoch); sources as often as asked."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,6 +58,15 @@ def test_an_epoch_has_each_source_as_often_as_asked_and_depends_on_nothing_else(
         for field, values in again[index].items():
             np.testing.assert_array_equal(values, rows[index][field])
     assert again.locate(starts[2]) == (2, starts[2]) and again.locate(starts[2] - 1) == (1, starts[1])
+
+
+def test_threads_read_the_same_rows():
+    sources = [[example(i, 3 + i % 5) for i in range(40)]]
+    for seed in range(5):
+        one, many = (PackedRows(sources, [1], 16, seed=seed) for _ in range(2))
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda i: names_of(many[i]), range(120)))
+        assert found == [names_of(one[i]) for i in range(120)]
 
 
 def test_numbered_fields_go_on_and_rows_hold_no_more_of_them_than_asked():
