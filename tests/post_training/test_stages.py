@@ -164,3 +164,25 @@ def test_sources_that_cannot_be_trained_on_are_one_sentence(base, tmp_path):
         few = tmp_path / "few.jsonl"
         few.write_text(json.dumps(dialog(0)) + "\n")
         train_stage(config_of(SftConfig, base, tmp_path / "run", few))
+
+
+def test_a_reward_model_is_one_for_transformers_too(base, tmp_path):
+    train_stage(config_of(RewardConfig, base, tmp_path / "reward", "preferences.jsonl", steps=2))
+    model = herd_jax.load(tmp_path / "reward")
+    model.save(tmp_path / "hf", "huggingface")
+    again = herd_jax.load(tmp_path / "hf")
+    prompt, answers = model.chat_ids([{"role": "user", "content": "red 1"}]), [[3, 4, 5], [7]]
+    rewards = model.rewards([prompt] * 2, answers)
+    np.testing.assert_allclose(again.rewards([prompt] * 2, answers), rewards, atol=1e-6)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    with pytest.raises(UserError, match="no reward models"):
+        model.save(tmp_path / "meta", "meta")
+    for wrong in (lambda: model.generate(["a"]), lambda: model.logits([[1]]), lambda: model.loss(["ab"]), lambda: model.log_probabilities([[1]], [[2]])):
+        with pytest.raises(UserError, match="is a reward model"):
+            wrong()
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        theirs = [float(peer(torch.tensor([[*prompt, *answer]])).logits[0, 0]) for answer in answers]
+    np.testing.assert_allclose(theirs, rewards, atol=1e-5)

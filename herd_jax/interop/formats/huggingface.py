@@ -54,6 +54,9 @@ ROPE_FIELDS = {  # field of RopeScaling -> Hugging Face's name
 }
 
 
+REWARD_MODEL = "LlamaForSequenceClassification"  # with one label
+
+
 def open_huggingface(directory: Path) -> Source:
     """Opens a Hugging Face directory. Raises UserError for what is no Llama, damaged files, and tensors that do not fit the config."""
     path = directory / CONFIG_FILE
@@ -81,9 +84,13 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
     changes what is computed; KeyError for a field that every config has."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of a model of type {values.get('model_type')}: only plain Llamas (llama) are read")
-    heads = [name for name in values.get("architectures") or [] if name.startswith("Llama") and name != "LlamaForCausalLM"]
+    is_reward = REWARD_MODEL in (values.get("architectures") or [])
+    heads = [name for name in values.get("architectures") or [] if name.startswith("Llama") and name not in ("LlamaForCausalLM", REWARD_MODEL)]
     if heads:
-        raise UserError(f"{path} is of a {heads[0]}: only language models (LlamaForCausalLM) are read")
+        raise UserError(f"{path} is of a {heads[0]}: only language models (LlamaForCausalLM) and reward models ({REWARD_MODEL}) are read")
+    num_labels = len(values.get("id2label") or (0, 1))  # transformers has two where nothing is said
+    if is_reward and values.get("num_labels", num_labels) != 1:
+        raise UserError(f"{path} is of a classifier with {values.get('num_labels', num_labels)} labels: only reward models, which have one, are read")
     for field, plain in PLAIN.items():
         if (value := values.get(field)) is not None and value != plain and (value or plain):
             raise UserError(f"{path} has {field} {json.dumps(values[field])}: only plain Llamas ({field} {json.dumps(plain)}) are read")
@@ -107,6 +114,7 @@ def parse_config(values: dict[str, Any], path: Path) -> LlamaConfig:
         tie_embeddings=values.get("tie_word_embeddings") or False,
         init_std=values.get("initializer_range", 0.02),
         fp8=huggingface_fp8.parse(quantization, values["num_hidden_layers"], path) if quantization else None,
+        reward=is_reward,
     )
 
 
@@ -144,7 +152,7 @@ def make_config(config: LlamaConfig, dtype: str, context_length: int, tokenizer:
     c, scaling = config, config.rope_scaling
     rope_scaling = scaling and {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in ROPE_FIELDS.items()}}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [REWARD_MODEL if c.reward else "LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": c.dim,
         "num_hidden_layers": c.num_layers,
@@ -166,6 +174,7 @@ def make_config(config: LlamaConfig, dtype: str, context_length: int, tokenizer:
         "torch_dtype": dtype,
         "use_cache": True,
         **make_generation_config(tokenizer),
+        **({"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if c.reward else {}),
         **({"quantization_config": huggingface_fp8.make(c.fp8, c.num_layers)} if c.fp8 else {}),
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from herd_jax.errors import UserError
 from herd_jax.models.config import LlamaConfig
 from herd_jax.models.llama import Llama
 from herd_jax.models.params import Declaration, is_declaration, parameter_name
@@ -113,9 +114,12 @@ class Names:
     up: str
     down: str
     adjacent_pairs: bool
+    reward: str | None = None  # None: the format has no reward models
 
     def map(self, config: LlamaConfig) -> dict[str, Mapped]:
-        """Returns the mapping of every parameter of a model."""
+        """Returns the mapping of every parameter of a model. Raises UserError for a reward model where the format has none."""
+        if config.reward and self.reward is None:
+            raise UserError("this format has no reward models: save it as herd or huggingface")
         c, A = config, self.adjacent_pairs
         D, F, V, K, H = c.dim, c.ffn_dim, c.vocab_size, c.num_kv_heads, c.head_dim
         N, G = c.num_heads, c.num_heads // c.num_kv_heads
@@ -129,6 +133,7 @@ class Names:
             "ends.embed.table": (whole(self.embedding, V, D),),
             "ends.head.norm": (whole(self.norm, D),),
             "ends.head.output": (transposed(self.output, V, D),),
+            "ends.head.reward": (Piece(self.reward or "", (1, D), (D,), (0,)),),
             "layers.attention_norm": (whole(self.attention_norm, D),),
             "layers.qkv": (heads(self.query, G, A), heads(self.key, 1, A), heads(self.value, 1, False)),
             "layers.out": (Piece(self.out, (D, N * H), (D, K, G, H), (1, 2, 3, 0)),),
@@ -179,6 +184,7 @@ HUGGING_FACE = Names(
     up="model.layers.{layer}.mlp.up_proj.weight",
     down="model.layers.{layer}.mlp.down_proj.weight",
     adjacent_pairs=False,
+    reward="score.weight",
 )
 META = Names(
     embedding="tok_embeddings.weight",
