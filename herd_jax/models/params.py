@@ -218,15 +218,14 @@ class Layout:
         """Returns a stored parameter as a checkpoint has it."""
         if not self._in_order(declaration):
             slots = self.slots(declaration).tolist()
-            stored = stored[np.array([slots.index(layer) for layer in declaration.layers])]
+            stored = _rows(stored, [slots.index(layer) for layer in declaration.layers])
         return stored[tuple(slice(n) for n in declaration.canonical_shape)]
 
     def from_canonical(self, declaration: Declaration, canonical: jax.Array) -> jax.Array:
         """Returns a checkpoint's parameter as it is stored."""
         if not self._in_order(declaration):
-            slots = self.slots(declaration)
-            places = np.array([declaration.layers.index(layer) if layer >= 0 else 0 for layer in slots.tolist()])
-            canonical = jnp.where(slots.reshape(-1, *[1] * len(declaration.shape)) >= 0, canonical[places], 0)
+            places = [declaration.layers.index(layer) if layer >= 0 else -1 for layer in self.slots(declaration).tolist()]
+            canonical = _rows(canonical, places)
         return jnp.pad(canonical, [(0, stored - n) for stored, n in zip(self.stored_shape(declaration), canonical.shape)])
 
     def canonical_sharding(self, declaration: Declaration) -> NamedSharding:
@@ -242,3 +241,14 @@ class Layout:
             elif shape[dim] % sizes[axes]:
                 spec[dim] = None
         return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def _rows(array: jax.Array, numbers: Sequence[int]) -> jax.Array:
+    """Returns these rows of an array, zeros for -1: slices of neighbours joined, because the gather of a sharded array ends XLA 0.11's partitioner."""
+    runs, first = [], 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != (numbers[i - 1] + 1 if numbers[first] >= 0 else -1):
+            start, size = numbers[first], i - first
+            runs.append(array[start : start + size] if start >= 0 else jnp.zeros((size, *array.shape[1:]), array.dtype))
+            first = i
+    return jnp.concatenate(runs)
