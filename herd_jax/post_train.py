@@ -12,10 +12,8 @@ from herd_jax.errors import UserError, command_line
 from herd_jax.machines.place import joined
 from herd_jax.machines.xla_flags import apply_flags
 from herd_jax.mesh import request_cpu_devices
-from herd_jax.post_training.config import DpoConfig, RewardConfig, SftConfig
+from herd_jax.post_training.config import STAGES
 from herd_jax.post_training.stages import train_stage
-
-STAGES = {"reward": RewardConfig, "sft": SftConfig, "dpo": DpoConfig}
 
 
 @command_line

@@ -47,13 +47,23 @@ def read_command_line(cls: type[Config], argv: list[str]) -> Config:
     return parse(cls, mapping)
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def kind_of_file(file: str) -> type | None:
+    """Returns the class of the config that FILE gives; None where that is a ConfigDict or a dict. Raises UserError for a wrong file."""
+    config = _config_of(user_path(file))
+    return type(config) if dataclasses.is_dataclass(config) else None
+
+
+def _config_of(file: Path) -> Any:
     if not file.is_file():
         raise UserError(f"the config file {file} does not exist: give the path of a python file with get_config()")
     get_config = runpy.run_path(str(file)).get("get_config")
     if not callable(get_config):
         raise UserError(f"the config file {file} has no function get_config(): define one that returns a ConfigDict")
-    config = get_config()
+    return get_config()
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    config = _config_of(file)
     mapping = to_dict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else _plain(config)
     if not isinstance(mapping, dict):
         raise UserError(f"get_config() of {file} returned {type(mapping).__name__}: return a config, a ConfigDict or a dict")

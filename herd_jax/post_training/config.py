@@ -86,3 +86,6 @@ class DpoConfig(PostTrainConfig):
     dpo: PreferenceLoss = PreferenceLoss()
     reference: str = ""  # the model that the policy shall not leave far behind; empty: init_from
     reference_cache: str = "runs/reference"  # directory of the reference's log-probabilities, shared by runs
+
+
+STAGES = {"reward": RewardConfig, "sft": SftConfig, "dpo": DpoConfig}  # by command
