@@ -5,6 +5,7 @@
 reward  trains a reward model on preferences
 sft     fine-tunes the pre-trained model on dialogs
 dpo     fits a fine-tuned model to preferences
+sample  draws several answers to each prompt, scores them, and chooses the best
 """
 
 from herd_jax.config import read_command_line, to_dict
@@ -13,6 +14,7 @@ from herd_jax.machines.place import joined
 from herd_jax.machines.xla_flags import apply_flags
 from herd_jax.mesh import request_cpu_devices
 from herd_jax.post_training.config import STAGES
+from herd_jax.post_training.sampling import SampleConfig, sample
 from herd_jax.post_training.stages import train_stage
 
 
@@ -22,8 +24,15 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     command, *rest = argv
-    if command not in STAGES:
-        raise UserError(f"there is no command '{command}': it must be one of {', '.join(STAGES)}")
+    if command not in (*STAGES, "sample"):
+        raise UserError(f"there is no command '{command}': it must be one of {', '.join(STAGES)}, sample")
+    if command == "sample":
+        config = read_command_line(SampleConfig, rest)
+        apply_flags()
+        if config.mesh:
+            request_cpu_devices(config.mesh)
+        sample(config)
+        return
     config = read_command_line(STAGES[command], rest)
     apply_flags()
     with joined(to_dict(config)) as num_processes:

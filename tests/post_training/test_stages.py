@@ -5,10 +5,9 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_tokenizers
+from post_models import save_models
 
 import herd_jax
 from herd_jax.config import parse
@@ -17,16 +16,10 @@ from herd_jax.data.preferences import read_preference
 from herd_jax.errors import UserError
 from herd_jax.interop.load import open_source
 from herd_jax.mesh import MeshConfig, make_mesh
-from herd_jax.model import Model
-from herd_jax.models.config import LlamaConfig
-from herd_jax.models.llama import Llama
-from herd_jax.models.params import Layout
 from herd_jax.post_training import reference as reference_module
 from herd_jax.post_training.config import DpoConfig, RewardConfig, SftConfig
 from herd_jax.post_training.reference import Reference, content_of
 from herd_jax.post_training.stages import train_stage
-from herd_jax.training.optimizer import OptimizerConfig, make_optimizer
-from herd_jax.training.state import StatePlan
 
 WORDS = "red blue green pink grey gold teal cyan".split()
 
@@ -47,20 +40,10 @@ def preference(i):
 def base(tmp_path_factory):
     """A model with random weights and a tokenizer of Llama 3's kind, and data."""
     root = tmp_path_factory.mktemp("post_training")
-    tokenizer = small_tokenizers.make_llama3(root)
-    config = LlamaConfig(32, 2, 4, 2, 8, 64, vocab_size=tokenizer.vocab_size, rope_theta=1e4, init_std=0.1)
-    save(config, tokenizer, root / "model", 0)
-    save(config, tokenizer, root / "other", 1)
+    save_models(root, {"model": 0, "other": 1})
     (root / "dialogs.jsonl").write_text("".join(json.dumps(dialog(i)) + "\n" for i in range(96)))
     (root / "preferences.jsonl").write_text("".join(json.dumps(preference(i)) + "\n" for i in range(96)))
     return root
-
-
-def save(config, tokenizer, path, seed):
-    mesh = make_mesh(MeshConfig(dp=1), jax.devices()[:1])
-    llama, layout = Llama.make(config, "blockwise"), Layout.make(mesh, config.num_layers)
-    params = StatePlan(llama.declared, make_optimizer(OptimizerConfig(), llama.declared), layout).init(seed).params
-    Model.of(llama, layout, params, tokenizer, 256, jnp.float32).save(path)
 
 
 def config_of(kind, root, workdir, source, steps=30, mesh={"cp": 2}, **more):
