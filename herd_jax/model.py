@@ -119,12 +119,12 @@ class Model:
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise UserError(f"token_ids reach from {ids.min()} to {ids.max()}: they must lie between 0 and {self.config.vocab_size - 1}")
         self._check_length(ids.shape[1], "token_ids")
-        self._check_language()
+        self.check_language()
         return self._scorer.logits(self.params, ids)
 
     def loss(self, texts: Sequence[str]) -> list[TextLoss]:
         """Returns the loss of each text; those of similar length are computed together."""
-        self._check_language()
+        self.check_language()
         rows = [self._text_ids(text) for text in several(texts, "texts")]
         sums = self._scorer.loss(self.params, rows).tolist()
         per_text = zip(sums, rows, texts, strict=True)
@@ -132,13 +132,14 @@ class Model:
 
     def continues_with(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns bool [prompts]: whether greedy decoding of each prompt's ids begins with the ids of its answer, from one forward of both."""
+        self.check_language()
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         self._check_length(max(map(len, rows)), "the prompt with its answer is")
         return self._scorer.misses(self.params, rows, [len(prompt) for prompt in prompts]) == 0
 
     def log_probabilities(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Returns, for each prompt's ids, the log-probability in nats of each id of its answer, FP32 [ids of the answer]."""
-        self._check_language()
+        self.check_language()
         rows = self._joined(prompts, answers)
         return self._scorer.log_probabilities(self.params, rows, [len(prompt) for prompt in prompts])
 
@@ -202,7 +203,7 @@ class Model:
         return make_engine(self._parts(), from_options(EngineConfig, settings), draft and draft._parts())
 
     def _parts(self) -> Parts:
-        self._check_language()
+        self.check_language()
         return Parts(self.llama, self.layout, self.dtype, self.weights.apart(), self.tokenizer, self.context_length)
 
     def chat_ids(self, messages) -> list[int]:
@@ -226,7 +227,8 @@ class Model:
     def _scorer(self) -> Scorer:
         return Scorer(self.llama, self.layout, self.dtype)
 
-    def _check_language(self) -> None:
+    def check_language(self) -> None:
+        """Raises UserError for a reward model, which gives no text."""
         if self.config.reward:
             raise UserError("the model is a reward model, which gives rewards and no text: load a language model")
 

@@ -143,6 +143,6 @@ def check_problems(path: str | Path, num_examples: int, problems: Sequence[Probl
     shown = "; ".join(f"{problem.place}: {problem.reason}" for problem in problems[:SHOWN]) or "it is empty"
     if not num_examples or len(problems) > most * total:
         raise UserError(
-            f"{len(problems)} of {total} records of {path} cannot be trained on ({shown}): mend or drop them, or raise data.most_bad, now {most:g}"
+            f"{len(problems)} of {total} records of {path} cannot be trained on ({shown}): mend or drop them, or raise examples.most_bad, now {most:g}"
         )
     return f"{path}: left out {len(problems)} of {total} records ({shown})"

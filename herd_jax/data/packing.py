@@ -28,6 +28,7 @@ class PackedRows:
         self._epochs, self._seq_len, self._seed, self._most = epochs, seq_len, seed, most
         self._sizes = np.array([[len(example["tokens"]), *(example[name].max(initial=0) for name in most)] for example in self._examples])
         self._room = np.array([seq_len, *most.values()])
+        self.plan = functools.lru_cache(maxsize=2)(self._plan)  # the rows of a batch are of one epoch or two
         self._starts, self._lock = [0], threading.Lock()  # the first row of each epoch that is known; several threads read rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -42,11 +43,8 @@ class PackedRows:
         epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return epoch, self._starts[epoch]
 
-    def plan(self, epoch: int) -> list[list[int]]:
+    def _plan(self, epoch: int) -> list[list[int]]:
         """Returns the examples of each row of an epoch."""
-        return _plan_of(self, epoch)
-
-    def _make_plan(self, epoch: int) -> list[list[int]]:
         random = np.random.default_rng([self._seed, epoch])
         chosen = []
         for times, first, stop in zip(self._epochs, self._first, self._first[1:]):
@@ -56,11 +54,6 @@ class PackedRows:
         order = random.permutation(np.concatenate(chosen))
         rows = pack(self._sizes[order], self._room)
         return [[int(order[i]) for i in rows[row]] for row in random.permutation(len(rows))]
-
-
-@functools.lru_cache(maxsize=4)  # the rows of a batch are of one epoch or two
-def _plan_of(rows: PackedRows, epoch: int) -> list[list[int]]:
-    return rows._make_plan(epoch)
 
 
 def pack(sizes_ND: np.ndarray, room_D: np.ndarray) -> list[list[int]]:

@@ -24,8 +24,10 @@ class Evaluation:
 
     @functools.cached_property
     def model(self) -> Model:
-        """Returns the model, read when it is first asked for. Raises UserError as `load`."""
-        return load(self.path, self.mesh, self.dtype)
+        """Returns the model, read when it is first asked for. Raises UserError as `load`, and for a reward model."""
+        model = load(self.path, self.mesh, self.dtype)
+        model.check_language()
+        return model
 
     @property
     def directory(self) -> Path:

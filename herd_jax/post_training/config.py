@@ -1,6 +1,7 @@
 """The configurations of post-training runs: each is a training run's, in which `data.sources` are JSONL files and how often an epoch has them."""
 
 import dataclasses
+from typing import ClassVar
 
 from herd_jax.errors import UserError
 from herd_jax.training.config import RunConfig
@@ -36,12 +37,16 @@ class PreferencesConfig(ExamplesConfig):
 class PostTrainConfig(RunConfig):
     """A run that begins with a model."""
 
+    settled: ClassVar = (*RunConfig.settled, "examples.held_out", "examples.share_prompt", "examples.most_responses", "dpo", "reference")
+
     def __post_init__(self):
         super().__post_init__()
         if not self.init_from:
             raise UserError("init_from is empty: name the model that is trained on, the pre-trained one for SFT and the reward model, that of SFT for DPO")
         if self.train.stages or self.data.phases:
             raise UserError("post-training has no train.stages and no data.phases: leave them out")
+        if not self.data.document_mask:
+            raise UserError("data.document_mask is false, and packed examples must not see each other: leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

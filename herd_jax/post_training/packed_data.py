@@ -1,5 +1,6 @@
 """What a post-training run reads: examples from JSONL files, packed whole into rows, and a held-out part of them (`training.task.TaskData`)."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class PackedData:
     """The examples of a run. `read` makes those of a source; `most`: see `PackedRows`."""
 
     def __init__(self, config: PostTrainConfig, steps: Steps, read: Read, most: Mapping[str, int] = {}) -> None:
-        self._config, self._steps, self._most = config, steps, most
+        self._config, self._steps = config, steps
         self.ramp, self.tokenizer = config.train.ramp, find_tokenizer(config)
         shortest = min(phase.seq_len for phase in self.ramp.phases)
         if not config.data.sources:
@@ -49,7 +50,7 @@ class PackedData:
         self.num_tokens = sum(len(example["tokens"]) for source in train for example in source)
         epochs = [config.data.sources[path] for path in config.data.paths]
         rows = {n: PackedRows(train, epochs, n, seed_of_length(config.seed, n), most) for n in {phase.seq_len for phase in self.ramp.phases}}
-        self._held_out = held_out
+        self._held_out = functools.cache(lambda seq_len: PackedRows(held_out, [1] * len(held_out), seq_len, 0, most))
         self._batches = Batches(rows, self.ramp, config.train.num_steps, steps.batch_sharding)
 
     def iterate(self, first_step: int) -> Iterator[HostBatch]:
@@ -58,7 +59,7 @@ class PackedData:
     def validate(self, params: Any, phase: Phase, heed: Callable[[], None]) -> dict[str, float]:
         """Returns the task's means over the held-out examples, in the same rows at every evaluation."""
         task, sharding = self._steps.task, self._steps.batch_sharding
-        packed = PackedRows(self._held_out, [1] * len(self._held_out), phase.seq_len, 0, self._most)
+        packed = self._held_out(phase.seq_len)
         rows = [packed[i] for i in range(min(len(packed.plan(0)), self._config.eval.num_batches * phase.global_batch_size))]
         found = []
         for batch in validation_batches(rows, phase, sharding):

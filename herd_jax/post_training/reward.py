@@ -2,6 +2,8 @@
 
 import functools
 
+import numpy as np
+
 from herd_jax.data.batches import TOKENS
 from herd_jax.data.dialogs import Problem, make_examples
 from herd_jax.data.packing import Example
@@ -32,7 +34,7 @@ def open_preferences(config: RewardConfig, steps: Steps) -> PackedData:
 def places(preference: Preference, seed: int) -> list[int]:
     """Returns the order in which the responses stand: random, and always the same for the same preference and seed."""
     number = int.from_bytes(preference.key[:8], "big")
-    return sorted(range(len(preference.responses)), key=lambda i: hash((number, seed, i)))
+    return np.random.default_rng([number, seed]).permutation(len(preference.responses)).tolist()
 
 
 @functools.cache
@@ -45,4 +47,5 @@ def reward_task(most_responses: int) -> Task:
         functools.partial(count_comparisons, most_responses=most_responses),
         means_over("pairs"),
         open_preferences,
+        has_rewards=True,
     )

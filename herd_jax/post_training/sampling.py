@@ -22,6 +22,7 @@ from herd_jax.inference.sampling import Sampling
 from herd_jax.interop.load import open_source
 from herd_jax.mesh import MeshConfig
 from herd_jax.model import Model, load
+from herd_jax.post_training.reference import content_of
 from herd_jax.post_training.verifiers import find_verifier
 from herd_jax.reliability.lock import only_writer
 from herd_jax.text.messages import Message
@@ -127,13 +128,14 @@ def draw(config: SampleConfig, prompts: Sequence[Prompt], directory: Path, say) 
     """Draws the answers that the set lacks, and appends each to it as it comes."""
     done = {(row["prompt"], row["k"]) for row in read_rows(directory / SAMPLES)}
     for policy, path in enumerate(config.policies):
-        missing = [(p, run, k) for run in runs_of(config) if run.policy == policy for p in prompts for k in range(run.first, run.stop) if (p.key, k) not in done]
+        own = [run for run in runs_of(config) if run.policy == policy]
+        missing = [(p, run, span) for run in own for p in prompts for span in spans([k for k in range(run.first, run.stop) if (p.key, k) not in done])]
         if not missing:
             continue
         model = load(path, config.mesh)
-        requests = [(prompt, run, _request(config, model, prompt, run, k)) for prompt, run, k in missing]
-        engine = model.engine(**_settings(config))
-        start, tokens = time.perf_counter(), 0
+        requests = [(prompt, run, _request(config, model, prompt, run, span)) for prompt, run, span in missing]
+        engine = model.engine(**dataclasses.asdict(config.engine))
+        start, number, tokens = time.perf_counter(), 0, 0
         with (directory / SAMPLES).open("ab") as file:
             for answer in engine.generate([request for *_, request in requests]):
                 if answer.finish_reason == "error":
@@ -144,19 +146,21 @@ def draw(config: SampleConfig, prompts: Sequence[Prompt], directory: Path, say) 
                     "text": answer.text, "ids": list(answer.ids), "ended": answer.finish_reason == "stop",
                 }  # fmt: skip
                 file.write(json.dumps(row).encode() + b"\n")
-                tokens += len(answer.ids)
+                number, tokens = number + 1, tokens + len(answer.ids)
         seconds = time.perf_counter() - start
-        say(f"{path}: {len(missing)} answers, {tokens:,} tokens in {seconds:.1f} s: {len(missing) / seconds:.1f} answers/s, {tokens / seconds:,.0f} tokens/s")
+        say(f"{path}: {number} answers, {tokens:,} tokens in {seconds:.1f} s: {number / seconds:.1f} answers/s, {tokens / seconds:,.0f} tokens/s")
 
 
-def _settings(config: SampleConfig) -> dict[str, Any]:
-    return {field.name: getattr(config.engine, field.name) for field in dataclasses.fields(EngineConfig)}
+def spans(numbers: Sequence[int]) -> list[range]:
+    """Returns growing numbers as ranges of neighbours: answers of one request, whose prompt is computed once."""
+    begins = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    return [range(numbers[first], numbers[stop - 1] + 1) for first, stop in zip(begins, [*begins[1:], len(numbers)])]
 
 
-def _request(config: SampleConfig, model: Model, prompt: Prompt, run: Run, k: int) -> Request:
+def _request(config: SampleConfig, model: Model, prompt: Prompt, run: Run, span: range) -> Request:
     seed = int.from_bytes(hashlib.sha256(f"{config.seed} {prompt.key}".encode()).digest()[:8], "big")
     sampling = Sampling(config.max_new_tokens, run.temperature, config.top_p, seed)
-    return Request(prompt_ids(model, prompt, run.system), sampling, first_sample=k)
+    return Request(prompt_ids(model, prompt, run.system), sampling, num_samples=len(span), first_sample=span.start)
 
 
 def prompt_ids(model: Model, prompt: Prompt, system: str) -> list[int]:
@@ -280,10 +284,11 @@ def _check_same(config: SampleConfig, directory: Path) -> None:
     """Raises UserError where the set was begun with other settings that its answers depend on."""
     names = ("policies", "num_samples", "max_new_tokens", "temperatures", "top_p", "system_prompts", "seed")
     now = json.loads(json.dumps({name: getattr(config, name) for name in names}))
+    now["weights of the policies"] = [content_of(open_source(path)) for path in config.policies]
     noted = directory / "set.json"
     if noted.is_file():
         before = json.loads(noted.read_text())
-        wrong = [name for name in names if before.get(name) != now[name]]
+        wrong = [name for name in now if before.get(name) != now[name]]
         if wrong:
             raise UserError(f"{config.workdir} was begun with other values of {', '.join(wrong)}: give those, or another workdir")
         return

@@ -14,9 +14,10 @@ from herd_jax.training.task import Task
 def train_stage(config: PostTrainConfig) -> None:
     """Trains the stage that a configuration is of, or goes on with it. Raises UserError as `train` does."""
     config, initial = initial_weights(config)
-    if isinstance(config, RewardConfig):
+    task = task_of(config)
+    if task.has_rewards:  # its head is new
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, reward=True))
-    train(config, task_of(config), initial)
+    train(config, task, initial)
 
 
 def task_of(config: PostTrainConfig) -> Task:

@@ -1,14 +1,14 @@
 """Verifiers: whether an answer to a prompt is right, by what the prompt's record says, without a model (sections 4.3.1, 4.3.3 of the paper)."""
 
+import functools
 import importlib
 import json
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from herd_jax.errors import UserError
-from herd_jax.sandbox.run import Limits, check_contained, run_python
+from herd_jax.sandbox.run import check_contained, runs_to_its_end
 
 Verifier = Callable[[Mapping[str, Any], str], float]  # (record of the prompt, text of the answer) -> 0 (wrong) to 1 (right)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -42,12 +42,10 @@ def json_value(record: Mapping[str, Any], text: str) -> float:
     return float("answer" not in record or found == record["answer"])
 
 
-def python(record: Mapping[str, Any], text: str, unsafe_execution: bool = False, limits: Limits = Limits()) -> float:
+def python(record: Mapping[str, Any], text: str, unsafe_execution: bool = False) -> float:
     """Runs the answer's program (its first block of code, or all of it) with the record's "tests" behind it, in the sandbox."""
-    block, finished = BLOCK.search(text), secrets.token_hex(16)  # a program that ends before its tests prints no such word
-    program = f"{block[1] if block else text}\n\n{record['tests']}\nprint('\\n{finished}')\n"
-    outcome = run_python(program, limits, unsafe=unsafe_execution)
-    return float(outcome.passed and outcome.stdout.splitlines()[-1:] == [finished])
+    block = BLOCK.search(text)
+    return float(runs_to_its_end(f"{block[1] if block else text}\n\n{record['tests']}", unsafe=unsafe_execution))
 
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "number": last_number, "pattern": pattern, "json": json_value, "python": python}
@@ -58,7 +56,7 @@ def find_verifier(name: str, unsafe_execution: bool = False) -> Verifier:
     contained here."""
     if name == "python":
         check_contained(unsafe_execution)
-        return lambda record, text: python(record, text, unsafe_execution)
+        return functools.partial(python, unsafe_execution=unsafe_execution)
     if name in VERIFIERS:
         return VERIFIERS[name]
     module, separator, function = name.partition(":")

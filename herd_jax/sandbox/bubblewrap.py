@@ -24,7 +24,7 @@ def candidates() -> list[str]:
     return [path for path in found if path]
 
 
-def enclosed(program: str, command: list[str], disk: int, system_calls: int | None) -> list[str]:
+def enclosed(program: str, command: list[str], disk: int, system_calls: int) -> list[str]:
     """Returns the command line that runs `command` enclosed. `disk`: bytes of its directory. `system_calls`: a descriptor of their filter."""
     arguments = [program, "--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox", "--unshare-uts"]
     arguments += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-cgroup-try", "--cap-drop", "ALL"]
@@ -46,9 +46,7 @@ def enclosed(program: str, command: list[str], disk: int, system_calls: int | No
     arguments += ["--remount-ro", "/dev", "--remount-ro", "/"]
     for name, value in environment(DIRECTORY).items():
         arguments += ["--setenv", name, value]
-    if system_calls is not None:
-        arguments += ["--seccomp", str(system_calls)]
-    return [*arguments, "--chdir", DIRECTORY, "--", *command]
+    return [*arguments, "--seccomp", str(system_calls), "--chdir", DIRECTORY, "--", *command]
 
 
 def python_directories() -> list[str]:

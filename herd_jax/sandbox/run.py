@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import json
 import os
+import platform
 import random
+import secrets
 import selectors
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from herd_jax.errors import UserError
 from herd_jax.sandbox import bubblewrap
-from herd_jax.sandbox.seccomp import system_call_filter
+from herd_jax.sandbox.seccomp import ARCHITECTURES, system_call_filter
 from herd_jax.sandbox.usage import usage
 
 GUARD = Path(__file__).with_name("guard.py").read_text()
@@ -66,6 +68,13 @@ def run_python(program: str, limits: Limits = Limits(), stdin: str = "", unsafe:
     return run([sys.executable, "-I", "program.py"], {"program.py": program}, limits, stdin, unsafe)
 
 
+def runs_to_its_end(program: str, limits: Limits = Limits(), unsafe: bool = False) -> bool:
+    """Returns whether a Python program, such as an answer with its tests behind it, comes to its end: without an exception, an exit, or a limit."""
+    finished = secrets.token_hex(16)  # a program that ends before its tests prints no such word
+    outcome = run_python(f"{program}\nprint('\\n{finished}')\n", limits, unsafe=unsafe)
+    return outcome.passed and outcome.stdout.splitlines()[-1:] == [finished]
+
+
 def run(command: Sequence[str], files: Mapping[str, str] = {}, limits: Limits = Limits(), stdin: str = "", unsafe: bool = False) -> Outcome:
     """Runs a command in a new directory with `files` (path in it -> content), which is gone afterwards.
 
@@ -90,6 +99,8 @@ def check_contained(unsafe: bool = False) -> None:
     why, remedy = "bubblewrap is not installed", "pip install 'herd-jax[sandbox]'"
     if sys.platform != "linux":
         why, remedy = f"{sys.platform} has no namespaces", "use Linux"
+    elif platform.machine() not in ARCHITECTURES:
+        why, remedy = f"the system calls of {platform.machine()} are not known here", f"use {' or '.join(ARCHITECTURES)}"
     elif bubblewrap.candidates():
         why, remedy = "bubblewrap may not make namespaces here", "allow user namespaces, in a container with --security-opt seccomp=unconfined"
     raise UserError(f"programs that a model wrote cannot be contained on this machine ({why}): {remedy}, or accept the danger with --unsafe-execution")
@@ -98,7 +109,7 @@ def check_contained(unsafe: bool = False) -> None:
 @functools.cache
 def bubblewrap_program() -> str | None:
     """Returns the bubblewrap that works here, None where none does: a namespace may be forbidden in a container."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         return None
     works = lambda program: _run(program, [sys.executable, "-I", "-c", "print(7)"], {}, Limits(seconds=30), "").stdout == "7\n"
     return next((program for program in bubblewrap.candidates() if works(program)), None)
@@ -112,20 +123,18 @@ def _run(program: str | None, command: list[str], files: Mapping[str, str], limi
     }  # fmt: skip
     guarded = [sys.executable, "-I", "-S", "-c", GUARD, str(user), json.dumps(of_kernel), *command]
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         given = stack.enter_context(tempfile.TemporaryFile())
         given.write(json.dumps({"files": dict(files), "stdin": stdin}).encode())
         given.seek(0)
         options, descriptors = {"cwd": "/"}, []
         if program:
-            if system_calls := system_call_filter():
-                filtering = stack.enter_context(tempfile.TemporaryFile())
-                filtering.write(system_calls)
-                filtering.seek(0)
-                descriptors = [filtering.fileno()]
-            guarded = bubblewrap.enclosed(program, guarded, limits.disk, *descriptors or [None])
+            filtering = stack.enter_context(tempfile.TemporaryFile())
+            filtering.write(system_call_filter())
+            filtering.seek(0)
+            descriptors = [filtering.fileno()]
+            guarded = bubblewrap.enclosed(program, guarded, limits.disk, *descriptors)
         else:
-            os.chmod(directory, 0o777)
+            directory = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             options = {"cwd": directory, "env": bubblewrap.environment(directory)}
         process = subprocess.Popen(
             guarded, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=descriptors, start_new_session=True, **options

@@ -39,10 +39,8 @@ NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_dat
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 
 
-def system_call_filter() -> bytes | None:
-    """Returns the program for this machine; None for a processor whose numbers are not known."""
-    if platform.machine() not in ARCHITECTURES:
-        return None
+def system_call_filter() -> bytes:
+    """Returns the program for this machine, whose processor is one of ARCHITECTURES."""
     architecture, clone, clone3, refused = ARCHITECTURES[platform.machine()]
     steps = [
         (LOAD, 0, 0, ARCHITECTURE),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -132,6 +133,9 @@ class ResumeConfig:
 class RunConfig:
     """Everything that `python -m herd_jax.train` reads."""
 
+    # A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
+    settled: ClassVar = ("seed", "init_from", "init_moments", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
+
     workdir: str  # directory of the run: checkpoints, metrics, logs; the same command continues what is there
     data: DataConfig
     seed: int = 0  # of the first weights and the order of the data
@@ -175,6 +179,9 @@ def build_steps(config: RunConfig, mesh: Mesh, task: Task) -> Steps:
     """Returns the model, its state and steps of a task on a mesh. Raises UserError for a combination that cannot work."""
     model_config = config.model.resolve()
     model_config.check_mesh(mesh)
+    if model_config.reward != task.has_rewards:
+        wrong, right = ("a reward model", "a language model") if model_config.reward else ("a language model", "a reward model")
+        raise UserError(f"the model is {wrong} and the {task.name} task trains {right}: begin with another, or leave model.reward out")
     config.pipeline.check_ranks(mesh.shape["pp"])
     check_batches(config.train.ramp, mesh)
     platform = mesh.devices.flat[0].platform

@@ -30,9 +30,6 @@ from herd_jax.training.task import TaskData
 
 GONE = ("skip_nonfinite",)  # fields of `train` that only earlier checkpoints have in their configs
 
-# A resumed run must agree with its checkpoint in these; everything else (mesh, logging, kernels) may change.
-SETTLED = ("seed", "init_from", "init_moments", "model", "data", "optimizer", "train.global_batch_size", "train.seq_len", "train.phases")
-
 Identities = Mapping[str, Mapping[str, str]]  # "data" and "init_from" -> path -> fingerprint of what is there
 
 
@@ -92,8 +89,7 @@ def changes(record: dict, config: RunConfig, identities: Identities) -> list[Cha
         known = {**known, "init_from": {}}
     before = _settled(saved, position["tokens"], config.train.ramp, known)
     now = _settled(config, position["tokens"], config.train.ramp, known and identities)
-    special = {field.name for field in dataclasses.fields(config)} - {field.name for field in dataclasses.fields(RunConfig)}
-    names = [name for name in differences(before, now) if any(name == key or name.startswith(key + ".") for key in (*SETTLED, *special))]
+    names = [name for name in differences(before, now) if any(name == key or name.startswith(key + ".") for key in config.settled)]
     as_written = lambda name, settled, config: _at(to_dict(config) if name.startswith(("data", "init_from")) else settled, name)
     return [Change(name, as_written(name, before, saved), as_written(name, now, config)) for name in names]
 

@@ -60,6 +60,7 @@ class Task:
     counts: Callable[[Fields], Sums]  # a device's share of a batch -> its share of what means are over (targets, rows, pairs)
     means: Callable[[Sums, Sums], dict[str, jax.Array]]  # (the objective's sums, the counts) -> what is logged, "loss" among it
     open: Callable[[Any, Any], TaskData]  # (RunConfig, Steps) -> what the run reads. Raises UserError for data that does not fit
+    has_rewards: bool = False  # whether the model is a reward model, whose head gives a number for a token in place of logits
 
 
 def means_over(count: str) -> Callable[[Sums, Sums], dict[str, jax.Array]]:

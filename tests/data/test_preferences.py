@@ -64,7 +64,7 @@ def test_bad_records_are_named_and_counted_and_too_many_end_it(llama3, tmp_path)
     assert len(examples) == 8 and [problem.place for problem in problems] == [f"{path}:9", f"{path}:10"]
     assert "takes" in problems[1].reason and "train.seq_len is 128" in problems[1].reason
     assert "left out 2 of 10" in check_problems(path, 8, problems, 0.2)
-    with pytest.raises(UserError, match="2 of 10 records of .*dialogs.jsonl:9: it has no token of the assistant.*data.most_bad"):
+    with pytest.raises(UserError, match="2 of 10 records of .*dialogs.jsonl:9: it has no token of the assistant.*examples.most_bad"):
         check_problems(path, 8, problems, 0.1)
     path.write_text("{not json")
     with pytest.raises(UserError, match="dialogs.jsonl:1 is not JSON"):

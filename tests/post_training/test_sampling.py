@@ -46,6 +46,10 @@ def test_the_answers_are_shared_out():
     assert runs_of(dataclasses.replace(config, num_samples=3, policies=("a",)))[-1].stop == 3
 
 
+def test_neighbours_are_one_request():
+    assert sampling.spans([0, 1, 2, 5, 7, 8]) == [range(0, 3), range(5, 6), range(7, 9)] and sampling.spans([]) == []
+
+
 def test_a_killed_set_is_completed_as_it_would_have_been(base, tmp_path, monkeypatch):
     lines = []
     figures = sample(config_of(base, tmp_path / "whole"), say=lines.append)
@@ -68,6 +72,9 @@ def test_a_killed_set_is_completed_as_it_would_have_been(base, tmp_path, monkeyp
     assert sample(config_of(base, tmp_path / "parts"), say=lines.append) == pytest.approx(figures)
     with pytest.raises(UserError, match="begun with other values of temperatures, seed"):
         sample(config_of(base, tmp_path / "parts", seed=3, temperatures=[1.0]))
+    monkeypatch.setattr(sampling, "content_of", lambda source: "of other weights")
+    with pytest.raises(UserError, match="begun with other values of weights of the policies"):
+        sample(config_of(base, tmp_path / "parts"))
 
 
 def test_rewards_are_those_of_the_reward_model(base, tmp_path):

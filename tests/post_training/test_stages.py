@@ -14,6 +14,7 @@ from herd_jax.config import parse
 from herd_jax.data.dialogs import read_records
 from herd_jax.data.preferences import read_preference
 from herd_jax.errors import UserError
+from herd_jax.evaluation.evaluation import Evaluation
 from herd_jax.interop.load import open_source
 from herd_jax.mesh import MeshConfig, make_mesh
 from herd_jax.post_training import reference as reference_module
@@ -101,10 +102,13 @@ def test_dpo_moves_the_margin_and_a_resume_keeps_its_reference(base, tmp_path, m
     with pytest.raises(UserError, match="init_from"):
         train_stage(dpo(base, tmp_path / "parts", 30, tmp_path / "cache", **own))
     shutil.rmtree(tmp_path / "model")  # gone altogether: the run has begun, and the cache has its reference
+    shutil.move(tmp_path / "cache", tmp_path / "moved")
     computed = []
     monkeypatch.setattr(reference_module, "load_source", lambda *args: computed.append(args))
-    train_stage(dpo(base, tmp_path / "parts", 30, tmp_path / "cache", **own))
+    train_stage(dpo(base, tmp_path / "parts", 30, tmp_path / "moved", examples={"most_bad": 0.5}, **own))  # what changes no result may change
     assert not computed
+    with pytest.raises(UserError, match="other values of dpo.beta"):
+        train_stage(dpo(base, tmp_path / "parts", 40, tmp_path / "moved", dpo={"beta": 0.3}, **own))
     assert metrics(tmp_path / "parts")[-1]["loss"] == pytest.approx(found[-1]["loss"], rel=1e-5)
 
 
@@ -139,6 +143,8 @@ def test_sources_that_cannot_be_trained_on_are_one_sentence(base, tmp_path):
         train_stage(config_of(SftConfig, base, tmp_path / "run", bad))
     with pytest.raises(UserError, match="init_from is empty"):
         config_of(SftConfig, base, tmp_path / "run", "dialogs.jsonl", init_from="")
+    with pytest.raises(UserError, match="data.document_mask is false"):
+        config_of(SftConfig, base, tmp_path / "run", "dialogs.jsonl", data={"sources": {"x": 1.0}, "document_mask": False})
     with pytest.raises(UserError, match="even"):
         config_of(RewardConfig, base, tmp_path / "run", "preferences.jsonl", examples={"most_responses": 3})
     with pytest.raises(UserError, match="dpo.kind is 'hinge'"):
@@ -151,6 +157,10 @@ def test_sources_that_cannot_be_trained_on_are_one_sentence(base, tmp_path):
 
 def test_a_reward_model_is_one_for_transformers_too(base, tmp_path):
     train_stage(config_of(RewardConfig, base, tmp_path / "reward", "preferences.jsonl", steps=2))
+    with pytest.raises(UserError, match="the model is a reward model and the SFT task trains a language model"):
+        train_stage(config_of(SftConfig, base, tmp_path / "sft", "dialogs.jsonl", init_from=str(tmp_path / "reward")))
+    with pytest.raises(UserError, match="is a reward model"):
+        Evaluation(tmp_path / "reward").model
     model = herd_jax.load(tmp_path / "reward")
     model.save(tmp_path / "hf", "huggingface")
     again = herd_jax.load(tmp_path / "hf")

